@@ -1,0 +1,53 @@
+"""dwindle: a PyTorch model comes in, a smaller and faster one goes out, with proof.
+
+Everything public is here and is imported when it is first asked for: `import dwindle` alone loads no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .frontends.api import Compressed, Student, compress, prepare
+    from .frontends.recipe import Recipe
+    from .frontends.transplant import transplant
+    from .runtime.artifact import load
+    from .runtime.errors import DwindleError
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Compressed",
+    "DwindleError",
+    "Recipe",
+    "Student",
+    "__version__",
+    "compress",
+    "load",
+    "prepare",
+    "transplant",
+]
+
+_HOME = {
+    "Compressed": ".frontends.api",
+    "DwindleError": ".runtime.errors",
+    "Recipe": ".frontends.recipe",
+    "Student": ".frontends.api",
+    "compress": ".frontends.api",
+    "load": ".runtime.artifact",
+    "prepare": ".frontends.api",
+    "transplant": ".frontends.transplant",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(_HOME[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -1,0 +1,1 @@
+"""How people come in: recipes, capture, compress and prepare, torch.compile, reports, the shell."""

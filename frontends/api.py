@@ -1,0 +1,128 @@
+"""compress, and what it shares with prepare: capture, one plan, the pipeline, a finished model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..passes.certify import certify, tensor_sizes
+from ..passes.driver import Driver
+from ..passes.pipeline import FINISH, PREPARE, Job, run_stages
+from ..passes.verify import Difference, difference
+from ..runtime.compressed import Compressed
+from ..runtime.contract import Signature
+from ..runtime.errors import CalibrationError
+from ..runtime.plan import Plan
+from ..runtime.program import Program
+from ..runtime.store import Store
+from .capture import DynamicShapes, capture
+from .inputs import as_arguments, flat_batches
+from .measure import measure
+from .recipe import Recipe
+
+RecipeSource = Recipe | Mapping[str, Any] | str | Path
+
+# What tools read from a model besides its tensors.
+FORWARDED = ("config", "main_input_name", "base_model_prefix", "name_or_path")
+
+
+def compress(
+    model: nn.Module,
+    recipe: RecipeSource = "zeroquant-w8a8",
+    *,
+    inputs: Any = None,
+    data: Iterable[Any] | None = None,
+    dynamic_shapes: DynamicShapes | None = None,
+) -> Compressed:
+    """Compress a trained model without training.
+
+    recipe: a preset's name, a file, a dict or a Recipe
+    inputs: one example batch (dict of keyword arguments, tuple, or tensor); made up for transformers models
+    data: batches like `inputs`, for recipes with static activations
+    dynamic_shapes: names of dimensions that vary, {"input_ids": {0: "batch"}}; None finds batch and sequence
+
+    The model is borrowed: its tensors are read, never written, and nothing about it changes. Returns a
+    Compressed, called like the model. Raises RecipeError, CaptureError, CalibrationError, SchemeError,
+    PassError or CertificateError, each with what was required, what was found and the cure.
+    """
+    recipe = Recipe.of(recipe)
+    arguments = as_arguments(model, inputs)
+    signature = Signature.of(model)
+    rules = recipe.rules()
+    target = Store()
+    original = capture(model, arguments, Store.of(model), dynamic_shapes=dynamic_shapes)
+    tensors = verification_inputs(original, signature, arguments)
+
+    def batches() -> Iterable[Sequence[Tensor]]:
+        if data is None:
+            raise CalibrationError(
+                f"the recipe {recipe.name or 'given'} has static activations",
+                required="data=[batch, ...]",
+                found="no calibration data",
+                cure="pass some batches, or use a recipe with dynamic activations such as zeroquant-w8a8",
+            )
+        return flat_batches(original, signature, data)
+
+    job = Job(rules=rules, target=target, batches=batches, observer=recipe.calibration.observer)
+    program, lowering, output = finish(prepared(original.copy(), tensors, job), tensors, job)
+    certificate = certify(program, original, tensors, tensor_sizes(original), lowering, output)
+    certificate.check()
+    plan = job.plan or Plan()
+    target.aliases = {a: to for a, to in original.store.aliases.items() if target.get(to) is not None}
+
+    def grow(training: bool, call: Mapping[str, Any]) -> Program:
+        fresh = capture(model, call, Store.of(model), training=training, dynamic_shapes=None)
+        again = Job(rules=rules, plan=plan, target=target)
+        flat = verification_inputs(fresh, signature, call)
+        return finish(prepared(fresh, flat, again), flat, again)[0]
+
+    if plan:
+        _own_parameters(target)
+    compressed = Compressed.named(model, "Compressed")(
+        target,
+        plan,
+        signature,
+        recipe=recipe.plain(),
+        certificate=certificate,
+        log=tuple(program.log),
+        measure=lambda finished: measure(model, finished, arguments),
+        grow=grow,
+        attributes=forwarded(model),
+    )
+    compressed.add(program)
+    return compressed
+
+
+def prepared(program: Program, tensors: Sequence[Tensor], job: Job) -> Driver:
+    """Take a captured program to one that simulates the plan; the driver holds it and its errors."""
+    driver = Driver(program, tensors)
+    run_stages(driver, PREPARE, job)
+    return driver
+
+
+def finish(driver: Driver, tensors: Sequence[Tensor], job: Job) -> tuple[Program, Difference, Difference]:
+    """Lower a prepared program: (program, error of lowering, error against the captured program)."""
+    program = run_stages(driver, FINISH, job)
+    return program, driver.errors["lower"], difference(driver.captured, driver.outputs)
+
+
+def verification_inputs(program: Program, signature: Signature, arguments: Mapping[str, Any]) -> list[Tensor]:
+    """The example as flat inputs, cut to a batch of two: enough to verify, cheap to run after every pass."""
+    (tensors,) = flat_batches(program, signature, [arguments])
+    sized = [(t, s.shape) for t, s in zip(tensors, program.contract.inputs, strict=True)]
+    return [t[:2] if shape and shape[0] == "batch" else t for t, shape in sized]
+
+
+def forwarded(model: nn.Module) -> dict[str, Any]:
+    """The attributes of `model` that a graph model answers for it."""
+    return {name: getattr(model, name) for name in FORWARDED if hasattr(model, name)}
+
+
+def _own_parameters(store: Store) -> None:
+    """Parameter objects of our own on the same memory: those of a quantised model take no gradient."""
+    for name, value in list(store.entries()):
+        if isinstance(value, nn.Parameter):
+            store.put(name, nn.Parameter(value.detach(), requires_grad=False))

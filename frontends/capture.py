@@ -1,0 +1,271 @@
+"""From an eager model and example arguments to a Program in canonical ATen.
+
+`torch.export` in non-strict mode gives pre-dispatch ATen with the model's own tensors. What is done here:
+guards are dropped for the Contract's own checks, constants become entries of the Store, regions under
+no_grad are inlined (their results detached), and inputs and outputs are flattened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.exc import UserError
+from torch.export import Dim
+from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
+from torch.utils import _pytree as pytree
+
+from ..runtime import compat
+from ..runtime.contract import Contract, Input
+from ..runtime.errors import CaptureError
+from ..runtime.program import Program
+from ..runtime.store import Store
+from ..runtime.structure import describe, flatten
+
+DynamicShapes = Mapping[str, Mapping[int, str]]
+
+
+def capture(
+    model: nn.Module,
+    arguments: Mapping[str, Any],
+    store: Store,
+    *,
+    training: bool = False,
+    dynamic_shapes: DynamicShapes | None = None,
+) -> Program:
+    """Capture one variant of `model` as a Program on `store`.
+
+    arguments: the call by parameter name; tensors of any size, constants as they are.
+    dynamic_shapes: names of the dimensions that may vary, by argument name and dimension; None guesses batch
+        and sequence and falls back to fewer where the model fixes them; {} keeps all sizes.
+    The model's training flags are put back. Raises CaptureError naming the line that cannot be captured.
+    """
+    widened = {name: _widen(value) for name, value in arguments.items()}
+    structure, tensors = flatten(dict(widened))
+    candidates = [dynamic_shapes] if dynamic_shapes is not None else guess_dynamic(widened)
+    with _mode(model, training):
+        exported, dims = _export(model, widened, candidates)
+    module = exported.module()
+    graph, output = _flat_graph(module, store)
+    inputs, limits = _inputs(graph, structure, tensors, dims, exported.range_constraints)
+    contract = Contract(training, structure, inputs, output, limits)
+    return Program.of(graph, store, contract)
+
+
+def guess_dynamic(arguments: Mapping[str, Any]) -> list[DynamicShapes]:
+    """Named dimensions to try, the most general first: batch and sequence, batch alone, none.
+
+    Dimension 0 of every tensor argument is the batch; dimension 1 of integer or boolean matrices, and of
+    embeddings beside them, is the sequence.
+    """
+    tensors = {n: v for n, v in arguments.items() if isinstance(v, Tensor) and v.dim() > 0}
+    batch = {n: {0: "batch"} for n in tensors}
+    both: dict[str, Mapping[int, str]] = {}
+    for n, v in tensors.items():
+        token_like = v.dim() == 2 and not v.is_floating_point()
+        prefix = "decoder_" if n.startswith("decoder_") or n == "labels" and "decoder_input_ids" in tensors else ""
+        both[n] = {0: "batch", 1: f"{prefix}sequence"} if token_like else {0: "batch"}
+    return [both, batch, {}] if both != batch else [batch, {}]
+
+
+def _widen(value: Any) -> Any:
+    """Export fixes sizes of 1; repeat such leading dimensions so that they stay free."""
+    if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == 1:
+        value = value.repeat(2, *(1 for _ in value.shape[1:]))
+    if isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] == 1 and not value.is_floating_point():
+        value = value.repeat(1, 2)
+    return value
+
+
+@contextlib.contextmanager
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    flags = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+def _export(
+    model: nn.Module, arguments: Mapping[str, Any], candidates: list[DynamicShapes]
+) -> tuple[torch.export.ExportedProgram, DynamicShapes]:
+    failure: Exception | None = None
+    for names in candidates:
+        dims = {name: Dim(name) for shapes in names.values() for name in shapes.values()}
+        spec = {n: _spec(v, names.get(n, {}), dims) for n, v in arguments.items()}
+        try:
+            return _export_within_limits(model, arguments, spec), names
+        except Exception as error:  # whatever the model's code or export raises is the reason to report
+            failure = failure or error
+    assert failure is not None
+    raise CaptureError(
+        f"{type(model).__name__} cannot be captured: {_first_line(failure)}",
+        required="a forward that torch.export can trace: no branching on values, tensors in and out",
+        found=f"{type(failure).__name__} at {_user_line(failure)}",
+        cure="make that line independent of tensor values, or compress the submodule that can be captured",
+    ) from failure
+
+
+def _export_within_limits(model: nn.Module, arguments: Mapping[str, Any], spec: Any) -> torch.export.ExportedProgram:
+    """Export; where the model bounds a dimension (a position table), export again within the bound it names."""
+    try:
+        return torch.export.export(model, (), dict(arguments), dynamic_shapes=spec, strict=False)
+    except UserError as error:
+        head, found, fixes = str(error).partition("Suggested fixes:")
+        if not found:
+            raise
+        named = "\n".join(line for line in fixes.splitlines() if " = " in line)
+        refined = refine_dynamic_shapes_from_suggested_fixes(f"{head}{found}\n{named}", spec)
+        return torch.export.export(model, (), dict(arguments), dynamic_shapes=refined, strict=False)
+
+
+def _spec(value: Any, names: Mapping[int, str], dims: Mapping[str, Dim]) -> Any:
+    if isinstance(value, Tensor):
+        return {dim: dims[name] for dim, name in names.items()}
+    return pytree.tree_map(lambda _: None, value)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
+
+
+def _user_line(error: BaseException) -> str:
+    """The innermost frame outside torch: the line of the model that export stopped at."""
+    inside = str(Path(torch.__file__).parent)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(inside)]
+    own = str(Path(__file__).parent)
+    for frame in reversed(frames):
+        if not str(Path(frame.filename)).startswith(own) and "/frontends/" not in frame.filename:
+            return f"{frame.filename}:{frame.lineno}: {frame.line}"
+    return "a line inside torch.export (see the chained error)"
+
+
+def _flat_graph(module: fx.GraphModule, store: Store) -> tuple[fx.Graph, Any]:
+    """Copy into a graph with flat placeholders, flat output, and attributes that name the store's tensors."""
+    graph = fx.Graph()
+    values: dict[fx.Node, Any] = {}
+    for node in module.graph.nodes:
+        if compat.is_guard(node):
+            continue
+        if node.op == "placeholder":
+            if isinstance(node.meta.get("val"), Tensor):
+                values[node] = graph.node_copy(node)
+        elif node.op == "output":
+            flat = [values[a] if isinstance(a, fx.Node) else a for a in node.args[0]]
+            output = _output_structure(flat, module)
+            graph.output(tuple(v for v in flat if isinstance(v, fx.Node)))
+        else:
+            values[node] = _copy(node, module, graph, values, store)
+    return graph, output
+
+
+def _copy(node: fx.Node, module: fx.GraphModule, graph: fx.Graph, values: dict[fx.Node, Any], store: Store) -> Any:
+    if node.op == "get_attr":
+        held = _attribute(module, str(node.target))
+        if isinstance(held, nn.Module):
+            return held  # the body of a region; used by the call below
+        new = graph.get_attr(_stored_name(str(node.target), held, store))
+        new.meta = dict(node.meta)
+        return new
+    if node.op == "call_function" and node.target in _REGIONS:
+        return _inline(node, graph, values, store)
+    return graph.node_copy(node, lambda n: values[n])
+
+
+# Regions whose body is recorded as a submodule; position of the body among the arguments.
+_REGIONS = {
+    torch.ops.higher_order.wrap_with_set_grad_enabled: 1,
+    torch.ops.higher_order.wrap_with_autocast: 4,
+}
+
+
+def _inline(node: fx.Node, graph: fx.Graph, values: dict[fx.Node, Any], store: Store) -> Any:
+    position = _REGIONS[node.target]
+    body = values[node.args[position]]  # type: ignore[index]  # a node by construction
+    inner: dict[fx.Node, Any] = {}
+    arguments = iter(node.args[position + 1 :])
+    result: Any = None
+    for n in body.graph.nodes:
+        if n.op == "placeholder":
+            argument = next(arguments)
+            inner[n] = values[argument] if isinstance(argument, fx.Node) else argument
+        elif n.op == "output":
+            result = fx.node.map_arg(n.args[0], lambda a: inner[a])
+        else:
+            inner[n] = _copy(n, body, graph, inner, store)
+    if node.target is torch.ops.higher_order.wrap_with_set_grad_enabled and node.args[0] is False:
+        result = pytree.tree_map_only(fx.Node, lambda n: _detach(graph, n), result)
+    return _Tuple(result)
+
+
+class _Tuple(tuple[Any, ...]):
+    """Results of an inlined region: getitem on it is resolved while copying."""
+
+
+def _detach(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    detached = graph.call_function(torch.ops.aten.detach.default, (node,))
+    detached.meta = dict(node.meta)
+    return detached
+
+
+def _attribute(module: nn.Module, target: str) -> Any:
+    held: Any = module
+    for part in target.split("."):
+        held = getattr(held, part)
+    return held
+
+
+def _stored_name(target: str, tensor: Tensor, store: Store) -> str:
+    name = store.canonical(target)
+    known = store.get(name)
+    if known is not None and known.shape == tensor.shape:
+        return name
+    return store.constant(tensor.detach())
+
+
+def _output_structure(flat: list[Any], module: fx.GraphModule) -> Any:
+    spec = module.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]  # export sets this codegen
+    return describe(pytree.tree_unflatten(flat, spec), fx.Node)
+
+
+def _inputs(
+    graph: fx.Graph, structure: Any, tensors: list[Tensor], dims: DynamicShapes, ranges: Mapping[Any, Any]
+) -> tuple[tuple[Input, ...], dict[str, tuple[int, int | None]]]:
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    if len(placeholders) != len(tensors):
+        raise CaptureError("inputs were lost in capture", required=len(tensors), found=len(placeholders))
+    inputs: list[Input] = []
+    limits: dict[str, tuple[int, int | None]] = {}
+    for name, node in zip(_leaf_names(structure), placeholders, strict=True):
+        val = node.meta["val"]
+        shape: list[int | str] = []
+        for dim, size in enumerate(val.shape):
+            if isinstance(size, int):
+                shape.append(size)
+                continue
+            label = dims.get(name, {}).get(dim) or str(size)
+            shape.append(label)
+            span = ranges.get(size.node.expr)
+            if span is not None:
+                # Export assumes 2 or more; graphs without a branch on size serve 1 as well, and that is tested.
+                high = int(span.upper) if span.upper.is_Integer and span.upper < 2**31 else None
+                limits[label] = (1 if int(span.lower) == 2 else int(span.lower), high)
+        inputs.append(Input(name, str(val.dtype).removeprefix("torch."), tuple(shape)))
+        node.name, node.target = node.name, node.name
+    return tuple(inputs), limits
+
+
+def _leaf_names(structure: Any, prefix: str = "") -> Iterator[str]:
+    if structure["kind"] == "tensor":
+        yield prefix
+    items = structure.get("items", {})
+    pairs = items.items() if isinstance(items, dict) else enumerate(items)
+    for name, part in pairs:
+        yield from _leaf_names(part, f"{prefix}.{name}" if prefix else str(name))

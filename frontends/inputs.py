@@ -1,0 +1,86 @@
+"""Example inputs: from whatever a person passes to named arguments, or found for transformers models."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..runtime.contract import Signature, bind_call, call_key
+from ..runtime.errors import CalibrationError, CaptureError
+from ..runtime.program import Program
+
+EXAMPLE_TOKENS = 16
+
+
+def as_arguments(model: nn.Module, inputs: Any) -> dict[str, Any]:
+    """One call's arguments by parameter name.
+
+    inputs: a mapping of keyword arguments, a tuple of positional ones, one tensor, or None, which makes up
+    an example for a transformers model. Caches are switched off, since a cache is not a tensor.
+    """
+    signature = Signature.of(model)
+    if inputs is None:
+        inputs = example_inputs(model)
+    if isinstance(inputs, Tensor):
+        inputs = (inputs,)
+    args, kwargs = (inputs, {}) if isinstance(inputs, tuple | list) else ((), dict(inputs))
+    arguments = signature.bind(tuple(args), kwargs)
+    if "use_cache" in signature.names and getattr(getattr(model, "config", None), "use_cache", False):
+        arguments.setdefault("use_cache", False)
+    return arguments
+
+
+def example_inputs(model: nn.Module) -> dict[str, Any]:
+    """A small batch for a transformers model, from its config. Raises CaptureError for other models."""
+    config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
+    names = inspect.signature(model.forward).parameters
+    generator = torch.Generator().manual_seed(0)
+    if config is not None and main == "input_ids" and hasattr(config, "vocab_size"):
+        ids = torch.randint(0, config.vocab_size, (2, EXAMPLE_TOKENS), generator=generator)
+        example: dict[str, Any] = {"input_ids": ids}
+        if "attention_mask" in names:
+            example["attention_mask"] = torch.ones_like(ids)
+        if getattr(config, "is_encoder_decoder", False):
+            example["decoder_input_ids"] = ids[:, : EXAMPLE_TOKENS // 2].clone()
+        return example
+    if config is not None and main == "pixel_values":
+        size = getattr(config, "image_size", 224)
+        height, width = (size, size) if isinstance(size, int) else tuple(size)
+        pixels = torch.randn(2, getattr(config, "num_channels", 3), height, width, generator=generator)
+        return {"pixel_values": pixels}
+    raise CaptureError(
+        f"no example inputs for {type(model).__name__}",
+        required="inputs=... (one batch: a dict of keyword arguments, a tuple, or a tensor)",
+        found="none, and the model has no transformers config to make one from",
+    )
+
+
+def flat_batches(program: Program, signature: Signature, data: Iterable[Any]) -> Iterator[list[Tensor]]:
+    """Batches of calibration data as flat inputs of `program`.
+
+    Each batch is a mapping, tuple or tensor as for `as_arguments`; arguments the program does not take
+    (labels) are dropped. Raises CalibrationError for a batch that lacks one it takes.
+    """
+    wanted = program.contract.arguments["items"]
+    for batch in data:
+        args = (batch,) if isinstance(batch, Tensor) else tuple(batch) if isinstance(batch, tuple | list) else ()
+        kwargs = dict(batch) if isinstance(batch, Mapping) or hasattr(batch, "keys") else {}
+        bound = {**_constants(wanted), **signature.bind(args, kwargs)}
+        structure, tensors = bind_call(signature, (), {k: v for k, v in bound.items() if k in wanted})
+        if call_key(program.contract.training, structure) != program.contract.key:
+            raise CalibrationError(
+                "a batch of calibration data does not fit the captured call",
+                required=", ".join(wanted),
+                found=", ".join(bound),
+                cure="give batches with the same arguments as inputs=",
+            )
+        program.contract.check(tensors)
+        yield tensors
+
+
+def _constants(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: part["value"] for name, part in arguments.items() if part["kind"] == "constant"}

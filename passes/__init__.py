@@ -1,0 +1,1 @@
+"""Program to Program: rewriting, calibrating, quantising, lowering and proving graphs."""

@@ -1,0 +1,152 @@
+"""One spelling for each idea, so that later passes match once.
+
+Exact rules leave every output bit as it was and always run. Approximate rules may change rounding (another
+kernel, another order of sums) and run only where a later pass asks for them by name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..runtime.program import Program, value_of
+from .match import Call, Literal, Match, Maybe, Stored, Var, full_args
+from .rewrite import Rule, apply_rules
+
+aten = torch.ops.aten
+
+# Nodes that check or annotate and compute nothing.
+_CHECKS = (aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten.sym_constrain_range_for_size.default)
+
+
+def canonicalize(program: Program) -> Program:
+    """Drop checks and no-ops; every output stays bit-identical."""
+    for node in program.calls(*_CHECKS):
+        program.graph.erase_node(node)
+    _drop_counters(program)
+    apply_rules(program, EXACT, "canonicalize")
+    program.tidy()
+    return program
+
+
+def _drop_counters(program: Program) -> None:
+    """A graph for inference does not count batches, whatever mode its model was captured from."""
+    if program.contract.training:
+        return
+    for node in program.calls(aten.add_.Tensor):
+        name = program.tensor_of(node.args[0])
+        if name is not None and name.endswith("num_batches_tracked") and not node.users:
+            program.graph.erase_node(node)
+
+
+def _input(program: Program, found: Match) -> Any:
+    return found["x"]
+
+
+def _same_value(program: Program, found: Match) -> str | None:
+    x, y = value_of(found["x"]), value_of(found.root)
+    same = x.dtype == y.dtype and x.device == y.device and x.shape == y.shape and x.stride() == y.stride()
+    return None if same else "changes dtype, device or layout"
+
+
+DROPOUT_OFF = Rule(
+    name="canonicalize.dropout_off",
+    pattern=Call((aten.dropout.default, aten.feature_dropout.default), Var("x"), Literal("p"), False),
+    replace=_input,
+)
+
+DROPOUT_ZERO = Rule(
+    name="canonicalize.dropout_zero",
+    pattern=Call((aten.dropout.default, aten.feature_dropout.default), Var("x"), 0.0, True),
+    replace=_input,
+)
+
+# detach is left alone: it changes the gradient.
+NO_OP = Rule(
+    name="canonicalize.no_op",
+    pattern=Call(
+        (
+            aten.contiguous.default,
+            aten.to.dtype,
+            aten.to.device,
+            aten.to.dtype_layout,
+            aten.type_as.default,
+            aten.lift_fresh_copy.default,
+            aten._to_copy.default,
+        ),
+        Var("x"),
+    ),
+    check=_same_value,
+    replace=_input,
+)
+
+EXACT = (DROPOUT_OFF, DROPOUT_ZERO, NO_OP)
+
+
+def _addmm_is_plain(program: Program, found: Match) -> str | None:
+    _, _, _, beta, alpha = full_args(found["addmm"])
+    return None if beta == 1 and alpha == 1 else "scaled addmm"
+
+
+def _addmm_to_linear(program: Program, found: Match) -> fx.Node:
+    root = found.root
+    weight = program.emit(aten.t.default, found["w"], like=root)
+    return program.emit(aten.linear.default, found["x"], weight, found["b"], like=root)
+
+
+def _viewed_addmm_fits(program: Program, found: Match) -> str | None:
+    x, y = value_of(found["x"]), value_of(found.root)
+    if x.dim() != y.dim() or x.shape[:-1] != y.shape[:-1]:
+        return "the views change more than the leading dimensions"
+    return _addmm_is_plain(program, found)
+
+
+# GPT-2's Conv1D: a weight (K, N), inputs flattened to two dimensions and back.
+CONV1D_TO_LINEAR = Rule(
+    name="canonicalize.conv1d_to_linear",
+    pattern=Call(
+        (aten.view.default, aten.reshape.default),
+        Call(
+            aten.addmm.default,
+            Maybe("b"),
+            Call((aten.view.default, aten.reshape.default), Var("x")),
+            Stored("w"),
+            name="addmm",
+        ),
+    ),
+    check=_viewed_addmm_fits,
+    replace=_addmm_to_linear,
+    approximate=True,
+)
+
+ADDMM_TO_LINEAR = Rule(
+    name="canonicalize.addmm_to_linear",
+    pattern=Call(aten.addmm.default, Maybe("b"), Var("x"), Stored("w"), name="addmm"),
+    check=_addmm_is_plain,
+    replace=_addmm_to_linear,
+    approximate=True,
+)
+
+
+def _matmul_to_linear(program: Program, found: Match) -> fx.Node:
+    weight = program.emit(aten.t.default, found["w"], like=found.root)
+    return program.emit(aten.linear.default, found["x"], weight, None, like=found.root)
+
+
+def _weight_is_matrix(program: Program, found: Match) -> str | None:
+    if value_of(found["w"]).dim() != 2:
+        return "the stored operand is not a matrix"
+    return None if value_of(found["x"]).dim() >= 2 else "the other operand is a vector"
+
+
+MATMUL_TO_LINEAR = Rule(
+    name="canonicalize.matmul_to_linear",
+    pattern=Call((aten.matmul.default, aten.mm.default), Var("x"), Stored("w")),
+    check=_weight_is_matrix,
+    replace=_matmul_to_linear,
+    approximate=True,
+)
+
+TO_LINEAR = (CONV1D_TO_LINEAR, ADDMM_TO_LINEAR, MATMUL_TO_LINEAR)

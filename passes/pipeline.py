@@ -1,0 +1,130 @@
+"""All passes in the order in which they run. A new pass is one file and one line here.
+
+PREPARE takes a captured program to one that simulates what the Plan says; FINISH makes it real. Training runs
+the first and, when it is done, the second; post-training compression runs both at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..runtime.plan import Plan, Quantize, input_scale_name, input_zero_name
+from ..runtime.program import Program
+from ..runtime.store import Store
+from .canonicalize import TO_LINEAR, canonicalize
+from .driver import Driver, Pass
+from .fold import fold_batch_norm, fold_constants
+from .lower import lower
+from .quantize.calibrate import calibrate
+from .quantize.decide import QuantizeRule, decide
+from .quantize.insert import insert
+from .quantize.observers import MakeObserver, Observer
+from .rewrite import apply_rules
+
+
+@dataclass
+class Job:
+    """What passes need beyond the program, and what deciding passes decide.
+
+    plan: None until decided; given when a Plan is replayed on another variant
+    target: the store of the finished model, which also keeps calibrated ranges between variants
+    batches: flat inputs for calibration, asked for only where something is static
+    trains: the program's store is trained, so no weight in it may be rewritten
+    """
+
+    rules: Sequence[QuantizeRule] = ()
+    plan: Plan | None = None
+    target: Store = field(default_factory=Store)
+    batches: Callable[[], Iterable[Sequence[Tensor]]] = tuple
+    observer: MakeObserver = Observer
+    trains: bool = False
+
+    def wants(self, operator: str) -> bool:
+        """Whether anything quantises this operator, so that approximate rules for it are worth their rounding."""
+        if self.plan is not None:
+            return any(isinstance(e, Quantize) and e.operator == operator for e in self.plan)
+        return any(operator in rule.operators and rule.weight is not None for rule in self.rules)
+
+
+Step = Callable[[Program, Job], Program]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A pass of the pipeline and the condition under which it runs."""
+
+    name: str
+    run: Step
+    needed: Callable[[Program, Job], bool] = lambda program, job: True
+    exact: bool = False
+    limit: float | None = None
+
+
+def _linearize(program: Program, job: Job) -> Program:
+    apply_rules(program, TO_LINEAR, "linearize")
+    return program
+
+
+def _decide(program: Program, job: Job) -> Program:
+    if job.plan is None:
+        job.plan = Plan(decide(program, job.rules))
+    return program
+
+
+def _calibrate(program: Program, job: Job) -> Program:
+    """Ranges are calibrated once; later variants read them from the finished store."""
+    edits = [e for e in job.plan or () if e.static]
+    missing = [e for e in edits if job.target.get(input_scale_name(e.fqn)) is None]
+    if missing:
+        calibrate(program, missing, job.batches(), job.observer)
+    for edit in edits:
+        for name in (input_scale_name(edit.fqn), input_zero_name(edit.fqn)):
+            known, found = job.target.get(name), program.store.get(name)
+            if known is None and isinstance(found, Tensor):
+                job.target.put(name, found)
+            elif isinstance(known, Tensor):
+                program.store.put(name, known)
+    return program
+
+
+def _insert(program: Program, job: Job) -> Program:
+    return insert(program, job.plan or Plan())
+
+
+def _lower(program: Program, job: Job) -> Program:
+    return lower(program, tuple(job.plan or ()), job.target)
+
+
+PREPARE: tuple[Stage, ...] = (
+    Stage(name="canonicalize", run=lambda program, job: canonicalize(program), exact=True),
+    Stage(name="fold_constants", run=lambda program, job: fold_constants(program), exact=True),
+    Stage(name="linearize", run=_linearize, needed=lambda program, job: job.wants("linear"), limit=1e-3),
+    Stage(
+        name="fold_batch_norm",
+        run=lambda program, job: fold_batch_norm(program),
+        needed=lambda program, job: job.wants("conv2d") and not job.trains,
+        limit=1e-3,
+    ),
+    Stage(name="decide", run=_decide, exact=True),
+    Stage(name="calibrate", run=_calibrate, exact=True),
+    Stage(name="insert", run=_insert, needed=lambda program, job: bool(job.plan)),
+)
+
+FINISH: tuple[Stage, ...] = (Stage(name="lower", run=_lower),)
+
+PIPELINE: tuple[Stage, ...] = (*PREPARE, *FINISH)
+
+
+def run_stages(driver: Driver, stages: Sequence[Stage], job: Job) -> Program:
+    """Apply the stages that are needed, each verified by the driver."""
+    for stage in stages:
+        if stage.needed(driver.program, job):
+            driver.apply(_bound(stage, job))
+    return driver.program
+
+
+def _bound(stage: Stage, job: Job) -> Pass:
+    return Pass(name=stage.name, run=lambda program: stage.run(program, job), exact=stage.exact, limit=stage.limit)

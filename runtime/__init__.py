@@ -1,0 +1,1 @@
+"""What a deployed model needs: numerics, quantised tensors, operators, programs and artifacts."""

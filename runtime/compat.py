@@ -1,0 +1,63 @@
+"""Every private or unstable torch API that dwindle uses, in this one file (tested on torch 2.11 to 2.13)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+
+def is_tracing(x: Tensor) -> bool:
+    """True when `x` is a stand-in (fake, functional) or a dispatch mode records what is done to it."""
+    return type(x) not in (Tensor, torch.nn.Parameter) or _get_current_dispatch_mode() is not None
+
+
+def int_mm(a: Tensor, b: Tensor) -> Tensor:
+    """int8 (M, K) @ int8 (K, N) -> int32 (M, N). Fast on CPU when `b` is the transpose of a contiguous (N, K)."""
+    return torch._int_mm(a, b)
+
+
+def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:
+    """The fake mode of the values recorded on a graph, if any."""
+    for node in graph.nodes:
+        val = node.meta.get("val")
+        if isinstance(val, FakeTensor):
+            return val.fake_mode
+    return None
+
+
+def fake_value(mode: FakeTensorMode, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """What `target` would give on the recorded values, without computing it."""
+    with mode, torch.no_grad():
+        return target(*args, **kwargs)
+
+
+def fake_tensor(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+    """A static stand-in for a real tensor."""
+    return mode.from_tensor(tensor, static_shapes=True)
+
+
+def module_path(node: fx.Node) -> str:
+    """Dotted path of the innermost module that a captured node came from; "" for the root."""
+    stack = node.meta.get("nn_module_stack") or {}
+    for path, _ in reversed(stack.values()):
+        return _clean_path(path)
+    return ""
+
+
+def _clean_path(path: str) -> str:
+    # export writes "bert.encoder.layer.0"; dynamo writes "L['self'].bert.encoder.layer[0]" or "..._modules['0']"
+    for prefix in ("L['self'].", "L['self']"):
+        path = path.removeprefix(prefix)
+    for old, new in (("_modules['", ""), ("['", "."), ("']", ""), ("[", "."), ("]", "")):
+        path = path.replace(old, new)
+    return path.strip(".")
+
+
+def is_guard(node: fx.Node) -> bool:
+    """The node by which an exported module checks its inputs."""
+    return node.op == "call_module" and str(node.target).startswith("_guards_fn")

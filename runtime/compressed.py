@@ -1,0 +1,75 @@
+"""The finished model: runs, saves, exports, and says what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from .certificate import Certificate
+from .contract import Signature
+from .errors import DwindleError
+from .model import GraphModel, Grow
+from .plan import Plan
+from .program import Entry
+from .report import Report
+from .store import Store
+
+Measure = Callable[["Compressed"], Mapping[str, Any]]
+
+
+class Compressed(GraphModel):
+    """A compressed model for inference: call it as the original.
+
+    certificate: what it is; recipe: how it was made (plain data); log: every rewrite applied or declined
+    measured: latency and other figures taken on some machine, by `report()`; they travel with the artifact
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        plan: Plan,
+        signature: Signature,
+        *,
+        recipe: Mapping[str, Any],
+        certificate: Certificate,
+        log: tuple[Entry, ...] = (),
+        measured: Mapping[str, Any] | None = None,
+        measure: Measure | None = None,
+        grow: Grow | None = None,
+        attributes: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(store, plan, signature, grow=grow, attributes=attributes)
+        self.recipe, self.certificate, self.log = dict(recipe), certificate, log
+        self.measured: Mapping[str, Any] | None = measured
+        self._measure = measure
+        self.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """A finished model has no training mode (an empty recipe's has): integers have no gradient."""
+        if mode and len(self.plan):
+            raise DwindleError(
+                "a compressed model cannot be trained",
+                required="eval mode",
+                found="train()",
+                cure="student = dwindle.prepare(model, recipe), train the student, then student.finish()",
+            )
+        return super().train(mode)
+
+    def report(self) -> Report:
+        """What was done and what it gained; measures latency on first use where the original is at hand."""
+        if self.measured is None and self._measure is not None:
+            self.measured = dict(self._measure(self))
+        return Report(self.certificate, self.recipe, self.log, self.measured or {})
+
+    def save(self, path: str | Path) -> Path:
+        """Write an artifact folder that `dwindle.load` reads. Raises ArtifactError if `path` exists."""
+        from .artifact import save
+
+        return save(self, Path(path))
+
+    def export_onnx(self, path: str | Path, *, provider: str = "cpu", **options: Any) -> Path:
+        """Write an ONNX model for one execution provider; see `runtime.onnx.export.export_onnx`."""
+        from .onnx.export import export_onnx
+
+        return export_onnx(self, Path(path), provider=provider, **options)

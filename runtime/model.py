@@ -1,0 +1,137 @@
+"""A model as graphs: one Store, one Plan, and a graph per variant, behind the original call signature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from .contract import Contract, Key, Signature, bind_call, call_key
+from .errors import CaptureError
+from .plan import Plan
+from .program import Program
+from .store import Store, view
+from .structure import Structure, rebuild
+
+MAX_VARIANTS = 8
+
+Grow = Callable[[bool, Mapping[str, Any]], Program]
+
+
+class GraphModel(nn.Module):
+    """Calls select a variant by mode and by which arguments are present; a new one is captured on first use.
+
+    Parameters and buffers are those of the store, under the model's own names. `grow(training, arguments)`
+    captures the model once more and replays the Plan on it; None where the model is not at hand.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        plan: Plan,
+        signature: Signature,
+        *,
+        grow: Grow | None = None,
+        attributes: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        view(store, self)
+        # Past nn.Module's own __setattr__, which would register the store as a child of itself.
+        self.__dict__["store"] = store
+        self.plan, self.signature = plan, signature
+        self.variants: dict[Key, Program] = {}
+        self._grow = grow
+        self._attributes = dict(attributes or {})
+
+    @classmethod
+    def named(cls, model: nn.Module, suffix: str) -> type[Self]:
+        """A subclass whose name and forward signature are the model's, for tools that inspect the class."""
+        return cls.called(f"{type(model).__name__}{suffix}", Signature.of(model))
+
+    @classmethod
+    def called(cls, name: str, signature: Signature) -> type[Self]:
+        """A subclass of that name and with that forward signature."""
+
+        def forward(self: GraphModel, *args: Any, **kwargs: Any) -> Any:
+            return self._call(args, kwargs)
+
+        forward.__signature__ = signature.as_inspect()  # type: ignore[attr-defined]  # read by inspect
+        return type(name, (cls,), {"forward": forward, "__doc__": cls.__doc__})
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original model's forward."""
+        return self._call(args, kwargs)
+
+    def add(self, program: Program) -> None:
+        """Add a variant. Raises CaptureError above MAX_VARIANTS, naming those there are."""
+        if len(self.variants) >= MAX_VARIANTS and program.contract.key not in self.variants:
+            raise CaptureError(
+                "too many variants of one model",
+                required=f"at most {MAX_VARIANTS} combinations of mode, arguments and constants",
+                found="\n    " + "\n    ".join(self.describe_variants()),
+                cure="pass numbers that change from call to call as tensors",
+            )
+        self.variants[program.contract.key] = program
+
+    def program(self, training: bool, structure: Structure, arguments: Callable[[], Mapping[str, Any]]) -> Program:
+        """The variant that serves a call, captured if need be."""
+        found = self.variants.get(call_key(training, structure))
+        return found if found is not None else self._capture(training, structure, arguments())
+
+    @property
+    def contracts(self) -> list[Contract]:
+        """What the variants captured so far take and give."""
+        return [program.contract for program in self.variants.values()]
+
+    def describe_variants(self) -> list[str]:
+        """One line a variant."""
+        return [contract.describe() for contract in self.contracts]
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return next((t.device for t in [*self.parameters(), *self.buffers()]), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the floating-point parameters."""
+        return next((t.dtype for t in self.parameters() if t.is_floating_point()), torch.float32)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        structure, tensors = bind_call(self.signature, args, kwargs)
+        program = self.program(self.training, structure, lambda: self.signature.bind(args, kwargs))
+        program.contract.check(tensors)
+        return rebuild(program.contract.output, program.module(*tensors))
+
+    @torch.compiler.disable
+    def _capture(self, training: bool, structure: Structure, arguments: Mapping[str, Any]) -> Program:
+        if self._grow is None:
+            given = ", ".join(structure["items"])
+            raise CaptureError(
+                f"no {'train' if training else 'eval'} variant for the arguments ({given})",
+                required="one of\n    " + "\n    ".join(self.describe_variants()),
+                found=f"{'train' if training else 'eval'}({given})",
+                cure="call it as captured, or compress the original model with such inputs",
+            )
+        program = self._grow(training, arguments)
+        self.add(program)
+        return program
+
+    def __getattr__(self, name: str) -> Any:
+        attributes = self.__dict__.get("_attributes", {})
+        if name in attributes:
+            return attributes[name]
+        return super().__getattr__(name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        raise CaptureError(
+            f"{type(self).__name__} shares tensors between graphs and cannot be deep-copied",
+            cure="save() and load() it, or compress the model again",
+        )
+
+
+def flat_outputs(values: Any) -> list[Tensor]:
+    """The tensors among a graph's flat outputs."""
+    return [v for v in values if isinstance(v, Tensor)]

@@ -1,0 +1,46 @@
+"""All operators, and their one registration with torch."""
+
+from __future__ import annotations
+
+import torch
+
+from .dequantize import DEQUANTIZE
+from .operator import NAMESPACE, Operator
+from .qconv2d import QCONV2D
+from .qembedding import QEMBEDDING
+from .qlinear import QLINEAR, QLINEAR_WEIGHT_ONLY
+from .quantize import FAKE_QUANTIZE, QUANTIZE_DYNAMIC, QUANTIZE_STATIC
+
+OPS: tuple[Operator, ...] = (
+    FAKE_QUANTIZE,
+    QUANTIZE_DYNAMIC,
+    QUANTIZE_STATIC,
+    QLINEAR,
+    QLINEAR_WEIGHT_ONLY,
+    QEMBEDDING,
+    QCONV2D,
+    DEQUANTIZE,
+)
+
+# Operators that simulate quantisation in floating point; none may remain in a finished graph.
+SIMULATED: tuple[Operator, ...] = (FAKE_QUANTIZE,)
+
+
+def _register(operators: tuple[Operator, ...]) -> torch.library.Library:
+    library = torch.library.Library(NAMESPACE, "DEF")
+    for operator in operators:
+        library.define(operator.name + operator.schema)
+        library.impl(operator.name, operator, "CompositeImplicitAutograd")
+    return library
+
+
+# Kept alive: a Library unregisters its operators when it is collected.
+LIBRARY = _register(OPS)
+
+
+def by_overload(target: object) -> Operator | None:
+    """The operator a graph node calls, if it is one of ours."""
+    for operator in OPS:
+        if target is operator.overload:
+            return operator
+    return None

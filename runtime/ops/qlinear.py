@@ -1,0 +1,108 @@
+"""Linear on quantised operands.
+
+    qlinear               y = (codes @ W^T) s_x s_w + b      W8A8: codes (..., K) int8, W (N, K) int8
+                          groups of K with their own s_w: y = s_x (codes @ dequantize(W)^T) + b
+    qlinear_weight_only   y = x @ dequantize(W)^T + b        x floating
+
+s_x is (..., 1) token-wise or () per tensor, s_w is (N,) per channel or (N, K / G) per group.
+Integer products accumulate in int32: exact for K <= 2^31 / 127^2 = 133,152.
+Not handled: more than 8 bits (`layout` refuses them at packing).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import compat, numerics
+from ..layout import unpack
+from ..numerics import Params
+from ..scheme import Scheme
+from .operator import Kernel, Operator
+from .quantize import chunk_rows
+
+
+def dequantize_packed(packed: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme, columns: int) -> Tensor:
+    """fp32 (N, columns) of packed codes."""
+    codes = unpack(packed, columns, scheme)
+    return numerics.dequantize(codes, Params(scale, zero_point), scheme)
+
+
+def _is_w8_channel(scheme: str) -> bool:
+    return scheme.startswith("8-symmetric-channel")
+
+
+def _reference(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    scheme: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    lead, k = codes.shape[:-1], codes.shape[-1]
+    if _is_w8_channel(scheme):
+        acc = compat.int_mm(codes.reshape(-1, k), weight.t()).reshape(*lead, weight.shape[0])
+        y = acc.float() * scale * weight_scale
+    else:
+        w = dequantize_packed(weight, weight_scale, zero_point, Scheme.parse(scheme), k)
+        y = F.linear(codes.float(), w) * scale
+    return (y if bias is None else y + bias).to(dtype)
+
+
+@torch.no_grad()
+def _int8_cpu(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    scheme: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    k, n = codes.shape[-1], weight.shape[0]
+    rows = codes.reshape(-1, k)
+    per_row = None if scale.dim() == 0 else scale.reshape(-1, 1)
+    out = torch.empty((rows.shape[0], n), dtype=dtype)
+    step = chunk_rows(n)
+    wt = weight.t()
+    for i in range(0, rows.shape[0], step):
+        y = compat.int_mm(rows[i : i + step], wt).float()
+        y.mul_(scale if per_row is None else per_row[i : i + step]).mul_(weight_scale)
+        if bias is None:
+            out[i : i + step] = y
+        else:
+            torch.add(y, bias, out=out[i : i + step])
+    return out.reshape(*codes.shape[:-1], n)
+
+
+def _serves_int8_cpu(codes: Tensor, scale: Tensor, weight: Tensor, *rest: object) -> str | None:
+    if codes.device.type != "cpu":
+        return "needs a CPU tensor"
+    return None if _is_w8_channel(str(rest[3])) else "needs 8-bit symmetric per-channel weights"
+
+
+def _weight_only_reference(
+    x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, scheme: str
+) -> Tensor:
+    w = dequantize_packed(weight, scale, zero_point, Scheme.parse(scheme), x.shape[-1])
+    return F.linear(x, w.to(x.dtype), bias)
+
+
+QLINEAR = Operator(
+    name="qlinear",
+    schema="(Tensor codes, Tensor scale, Tensor weight, Tensor weight_scale, Tensor? zero_point, "
+    "Tensor? bias, str scheme, ScalarType dtype) -> Tensor",
+    reference=_reference,
+    kernels=(Kernel(name="cpu int8 gemm", serves=_serves_int8_cpu, run=_int8_cpu),),
+)
+
+QLINEAR_WEIGHT_ONLY = Operator(
+    name="qlinear_weight_only",
+    schema="(Tensor x, Tensor weight, Tensor scale, Tensor? zero_point, Tensor? bias, str scheme) -> Tensor",
+    reference=_weight_only_reference,
+)

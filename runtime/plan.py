@@ -1,0 +1,87 @@
+"""What was decided, as frozen values that can be saved and replayed on any variant of a model.
+
+Edits address parameters by name, never graph nodes, so the same Plan edits the graph captured for training,
+the one for inference, one captured next week, and the eager module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .errors import ArtifactError
+from .scheme import Scheme
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize:
+    """Quantise parameter `fqn` with `weight`, and the activation that meets it with `activation`.
+
+    operator: the kind of call site, "linear", "embedding" or "conv2d".
+    static: the activation's scale and zero point were calibrated and lie in the Store beside the weight
+        (`input_scale_name`, `input_zero_name`); else they are computed on each call.
+    """
+
+    fqn: str
+    operator: str
+    weight: Scheme
+    activation: Scheme | None = None
+    static: bool = False
+
+
+Edit = Quantize
+EDITS: tuple[type[Edit], ...] = (Quantize,)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All edits of one compressed model, in the order in which they apply."""
+
+    edits: tuple[Edit, ...] = ()
+
+    def __iter__(self) -> Iterator[Edit]:
+        return iter(self.edits)
+
+    def __len__(self) -> int:
+        return len(self.edits)
+
+    def quantize(self, fqn: str, operator: str) -> Quantize | None:
+        """The quantisation of one parameter at one kind of call site."""
+        for edit in self.edits:
+            if isinstance(edit, Quantize) and edit.fqn == fqn and edit.operator == operator:
+                return edit
+        return None
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Plain data, one object an edit."""
+        return [{"edit": type(edit).__name__, **_plain(edit)} for edit in self.edits]
+
+    @staticmethod
+    def from_json(data: list[dict[str, Any]]) -> Plan:
+        """Inverse of `to_json`. Raises ArtifactError on an edit this version does not know."""
+        return Plan(tuple(_edit(dict(item)) for item in data))
+
+
+def input_scale_name(fqn: str) -> str:
+    """Where the calibrated scale of the activation that meets parameter `fqn` is stored."""
+    return f"{fqn}_input_scale"
+
+
+def input_zero_name(fqn: str) -> str:
+    """Where its zero point is stored."""
+    return f"{fqn}_input_zero_point"
+
+
+def _plain(edit: Edit) -> dict[str, Any]:
+    return asdict(edit)
+
+
+def _edit(item: dict[str, Any]) -> Edit:
+    kind = item.pop("edit", None)
+    for cls in EDITS:
+        if cls.__name__ == kind:
+            schemes = {k: Scheme(**v) for k, v in item.items() if isinstance(v, dict)}
+            return cls(**{**item, **schemes})
+    known = ", ".join(cls.__name__ for cls in EDITS)
+    raise ArtifactError("unknown edit in a plan", required=known, found=kind, cure="update dwindle")

@@ -1,0 +1,91 @@
+"""A quantised tensor as a module of plain buffers, so that its state_dict is its real size on disk."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from . import numerics
+from .errors import SchemeError
+from .layout import pack, unpack
+from .numerics import Params
+from .scheme import Scheme
+
+
+class QTensor(nn.Module):
+    """Packed codes, scales and zero points of one parameter, under the parameter's own name.
+
+    Invariants:
+        codes      (shape[0], row bytes), uint8 or int8; see `layout`
+        scale      fp32, `numerics.scale_shape(shape, scheme)`
+        zero_point fp32 as scale for asymmetric schemes, else absent
+        dequantize() == numerics.dequantize(int_codes(), params, scheme), in `shape`
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+
+    def __init__(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme, shape: tuple[int, ...]):
+        super().__init__()
+        self.scheme, self.shape = scheme, tuple(shape)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", zero_point)
+
+    @staticmethod
+    def quantize(weight: Tensor, scheme: Scheme, params: Params | None = None, *, key: int | None = None) -> QTensor:
+        """Quantise `weight` (2 or more dims, finite); `params` default to min-max.
+
+        Raises SchemeError when the weight is not finite or does not divide into groups.
+        """
+        require_finite(weight)
+        with torch.no_grad():
+            params = params or numerics.parameters(weight, scheme)
+            codes = numerics.quantize(weight, params, scheme, key=key)
+            packed = pack(codes.reshape(codes.shape[0], -1), scheme)
+        return QTensor(packed, params.scale, params.zero_point, scheme, tuple(weight.shape))
+
+    @property
+    def params(self) -> Params:
+        """Scale and zero point (the threshold of a ternary tensor is only needed to quantise)."""
+        return Params(self.scale, self.zero_point)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers: what lies on disk."""
+        return sum(b.numel() * b.element_size() for b in self.buffers())
+
+    def int_codes(self) -> Tensor:
+        """Unpacked codes, in `shape`, dtype `scheme.code_dtype`."""
+        return unpack(self.codes, math.prod(self.shape[1:]), self.scheme).reshape(self.shape)
+
+    def dequantize(self) -> Tensor:
+        """fp32 values in `shape`."""
+        return numerics.dequantize(self.int_codes(), self.params, self.scheme)
+
+    def refresh(self, weight: Tensor) -> None:
+        """Quantise a new float `weight` of the same shape into the same buffers (safe under CUDA graphs)."""
+        if tuple(weight.shape) != self.shape:
+            raise SchemeError("refresh with another shape", required=self.shape, found=tuple(weight.shape))
+        fresh = QTensor.quantize(weight, self.scheme)
+        for name, buffer in self.named_buffers():
+            buffer.copy_(fresh.get_buffer(name))
+
+    def extra_repr(self) -> str:
+        return f"{self.scheme.spell()}, shape={self.shape}, {self.nbytes} bytes"
+
+
+def require_finite(weight: Tensor, name: str = "weight") -> None:
+    """Raise SchemeError when `weight` holds NaN or Inf, with their counts."""
+    # max|x| is finite exactly when all of x is; it costs one pass and no temporary of the weight's size.
+    if weight.numel() and not all(math.isfinite(v) for v in torch.aminmax(weight.detach().float())):
+        nan, inf = int(weight.isnan().sum()), int(weight.isinf().sum())
+        raise SchemeError(
+            f"{name} cannot be quantised",
+            required="finite values",
+            found=f"{nan} NaN, {inf} Inf of {weight.numel()}",
+            cure="repair the checkpoint, or exclude this layer in the recipe",
+        )

@@ -1,0 +1,143 @@
+"""One module that owns every tensor of a model under the model's original names.
+
+Graphs own nothing: a variant's GraphModule is a *view*, which shares the Store's dictionaries, so moving,
+casting or replacing a tensor in one place shows everywhere. A tied weight is one entry with aliases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .qtensor import QTensor
+
+
+class Store(nn.Module):
+    """Parameters, buffers and QTensors by dotted name.
+
+    aliases: every other name of a tied tensor -> the name it is stored under.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aliases: dict[str, str] = {}
+
+    @staticmethod
+    def of(model: nn.Module, *, clone: bool = False) -> Store:
+        """All parameters and buffers of `model`: the very same objects, or clones that share no storage."""
+        store = Store()
+        seen: dict[int, str] = {}
+        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        for name, tensor in named:
+            first = seen.setdefault(id(tensor), name)
+            if first != name:
+                store.aliases[name] = first
+                continue
+            owner, _, leaf = name.rpartition(".")
+            persistent = leaf not in model.get_submodule(owner)._non_persistent_buffers_set
+            store.put(name, _clone(tensor) if clone else tensor, persistent=persistent)
+        return store
+
+    def canonical(self, name: str) -> str:
+        """The name a tensor is stored under."""
+        return self.aliases.get(name, name)
+
+    def names_of(self, name: str) -> list[str]:
+        """All names of one stored tensor, its own first."""
+        return [name, *(alias for alias, to in self.aliases.items() if to == name)]
+
+    def put(self, name: str, value: Tensor | nn.Module, *, persistent: bool = True) -> None:
+        """Store a Parameter, buffer or module under a dotted name, in place of what was there."""
+        *path, leaf = name.split(".")
+        owner: nn.Module = self
+        for part in path:
+            if part not in owner._modules:
+                owner.add_module(part, nn.Module())
+            owner = owner._modules[part]  # type: ignore[assignment]  # None is never stored
+        for table in (owner._parameters, owner._buffers, owner._modules):
+            table.pop(leaf, None)  # type: ignore[attr-defined]  # three dicts of different value types
+        if isinstance(value, nn.Module):
+            owner.add_module(leaf, value)
+        elif isinstance(value, nn.Parameter):
+            owner.register_parameter(leaf, value)
+        else:
+            owner.register_buffer(leaf, value, persistent=persistent)
+
+    def get(self, name: str) -> Tensor | QTensor | None:
+        """What is stored under `name` or its alias; None if nothing is."""
+        *path, leaf = self.canonical(name).split(".")
+        owner: nn.Module | None = self
+        for part in path:
+            owner = owner._modules.get(part) if owner is not None else None
+        if owner is None:
+            return None
+        value = owner._parameters.get(leaf)
+        if value is None:
+            value = owner._buffers.get(leaf)
+        if value is None:
+            module = owner._modules.get(leaf)
+            return module if isinstance(module, QTensor) else None
+        return value
+
+    def remove(self, name: str) -> None:
+        """Forget a tensor (and modules that are left empty)."""
+        *path, leaf = name.split(".")
+        owners: list[nn.Module] = [self]
+        for part in path:
+            owners.append(owners[-1]._modules[part])  # type: ignore[arg-type]  # the path exists
+        for table in (owners[-1]._parameters, owners[-1]._buffers, owners[-1]._modules):
+            table.pop(leaf, None)  # type: ignore[attr-defined]  # three dicts of different value types
+        for owner, part in reversed(list(zip(owners[:-1], path, strict=True))):
+            child = owner._modules[part]
+            if child is not None and not (child._parameters or child._buffers or child._modules):
+                del owner._modules[part]
+
+    def constant(self, value: Tensor) -> str:
+        """Store a constant of a graph once, whatever variant it comes from, and give its name."""
+        constants = self._modules.get("constants")
+        for name, known in constants._buffers.items() if constants is not None else ():
+            if known is not None and known.dtype == value.dtype and torch.equal(known, value):
+                return f"constants.{name}"
+        name = f"constants.c{len(constants._buffers) if constants is not None else 0}"
+        self.put(name, value, persistent=False)
+        return name
+
+    def entries(self) -> Iterator[tuple[str, Tensor | QTensor]]:
+        """Everything stored, once: parameters, buffers, and QTensors whole."""
+        yield from _entries(self, "")
+
+    def nbytes(self) -> int:
+        """Bytes of everything stored."""
+        return sum(t.numel() * t.element_size() for t in tensors_of(self))
+
+
+def view(store: Store, module: nn.Module) -> None:
+    """Make `module` see the store's tensors as its own (and the store see what `module.to()` does to them)."""
+    module._parameters, module._buffers = store._parameters, store._buffers
+    module._modules = store._modules
+    module._non_persistent_buffers_set = store._non_persistent_buffers_set
+
+
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """All parameters and buffers below `module`, each once."""
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _entries(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor | QTensor]]:
+    for table in (module._parameters, module._buffers):
+        for name, value in table.items():
+            if value is not None:
+                yield prefix + name, value
+    for name, child in module._modules.items():
+        if isinstance(child, QTensor):
+            yield prefix + name, child
+        elif child is not None:
+            yield from _entries(child, f"{prefix}{name}.")
+
+
+def _clone(tensor: Tensor) -> Tensor:
+    copy = tensor.detach().clone(memory_format=torch.preserve_format)
+    return nn.Parameter(copy, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy

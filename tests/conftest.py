@@ -1,0 +1,21 @@
+"""What every test runs under: few threads, and property tests that repeat themselves in CI."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from hypothesis import HealthCheck, settings
+
+# Tiny tensors gain nothing from threads, and test workers share the cores.
+torch.set_num_threads(1)
+
+# The first example of a test may load torch's compiler, so no deadline.
+settings.register_profile(
+    "dwindle",
+    deadline=None,
+    max_examples=60,
+    derandomize=bool(os.environ.get("CI")),
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("dwindle")
