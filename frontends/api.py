@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..passes.certify import certify, tensor_sizes
+from ..passes.certify import certify, lowering_error, tensor_sizes
 from ..passes.driver import Driver
 from ..passes.pipeline import FINISH, PREPARE, Job, run_stages
 from ..passes.verify import Difference, difference
@@ -103,10 +103,11 @@ def prepared(program: Program, tensors: Sequence[Tensor], job: Job) -> Driver:
     return driver
 
 
-def finish(driver: Driver, tensors: Sequence[Tensor], job: Job) -> tuple[Program, Difference, Difference]:
+def finish(driver: Driver, tensors: Sequence[Tensor], job: Job) -> tuple[Program, float, Difference]:
     """Lower a prepared program: (program, error of lowering, error against the captured program)."""
+    simulated = driver.program
     program = run_stages(driver, FINISH, job)
-    return program, driver.errors["lower"], difference(driver.captured, driver.outputs)
+    return program, lowering_error(program, simulated, tensors), difference(driver.captured, driver.outputs)
 
 
 def verification_inputs(program: Program, signature: Signature, arguments: Mapping[str, Any]) -> list[Tensor]:

@@ -22,7 +22,7 @@ def certify(
     original: Program,
     inputs: Sequence[Tensor],
     sizes: Mapping[str, int],
-    lowering: Difference,
+    lowering: float,
     output: Difference,
 ) -> Certificate:
     """The certificate of `finished`, run on `inputs` beside `original`.
@@ -55,7 +55,7 @@ def certify(
         layers=tuple(layers),
         simulated=simulated,
         graph_breaks=sum(n.op == "call_module" for n in finished.graph.nodes),
-        lowering_error=lowering.relative,
+        lowering_error=lowering,
         output_error=output.to_json(),
         inputs=shapes,
         torch=torch.__version__,
@@ -106,24 +106,56 @@ def _dispatch(program: Program, inputs: Sequence[Tensor]) -> dict[str, tuple[str
     return asked.served
 
 
+Call = tuple[str, str]
+
+
 class _Sites(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, names: Mapping[fx.Node, str]) -> None:
+    """Keeps the value of every site; where `forced` has one, compares with it and goes on from that one."""
+
+    def __init__(self, module: fx.GraphModule, calls: Mapping[fx.Node, Call], forced: Mapping[Call, Tensor]) -> None:
         super().__init__(module)
-        self.names, self.values = names, dict[str, Tensor]()
+        self.calls, self.forced = calls, forced
+        self.values: dict[Call, Tensor] = {}
+        self.errors: dict[Call, float] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if n in self.names:
-            self.values[self.names[n]] = value
-        return value
+        call = self.calls.get(n)
+        if call is None:
+            return value
+        if call not in self.forced:
+            self.values[call] = value
+            return value
+        self.errors[call] = difference([self.forced[call]], [value]).relative
+        return self.forced[call]
+
+
+def _site_values(
+    program: Program, inputs: Sequence[Tensor], forced: Mapping[Call, Tensor] | None = None
+) -> tuple[dict[Call, Tensor], dict[Call, float]]:
+    calls = {n: n.meta[SITE] for n in program.graph.nodes if SITE in n.meta}
+    calls = calls or {site.node: (site.fqn, site.node.name) for site in find_sites(program)}
+    run = _Sites(program.module, calls, forced or {})
+    with torch.no_grad():
+        run.run(*inputs)
+    return run.values, run.errors
 
 
 def _layer_errors(finished: Program, original: Program, inputs: Sequence[Tensor]) -> dict[str, float]:
     """Relative L2 error of each site's output, both programs run from the same inputs: errors accumulate."""
-    before = _Sites(original.module, {site.node: site.fqn for site in find_sites(original)})
-    after = _Sites(finished.module, {n: n.meta[SITE] for n in finished.graph.nodes if SITE in n.meta})
-    with torch.no_grad():
-        before.run(*inputs)
-        after.run(*inputs)
-    common = before.values.keys() & after.values.keys()
-    return {name: difference([before.values[name]], [after.values[name]]).relative for name in common}
+    before, _ = _site_values(original, inputs)
+    after, _ = _site_values(finished, inputs)
+    return {call[0]: difference([before[call]], [after[call]]).relative for call in after if call in before}
+
+
+def lowering_error(finished: Program, simulated: Program, inputs: Sequence[Tensor]) -> float:
+    """Largest relative L2 error of a lowered call against the simulated one *on the same input*.
+
+    Whole graphs cannot be compared: a difference of one rounding flips the codes that lie on an edge, each
+    flip moves the next layer's input by a step, and after a few layers the two differ about as much as
+    either does from floating point (measured .054 on trained MiniLM, where each layer alone is within 1e-6).
+    So every site's output is replaced by the simulated one before the next site sees it.
+    """
+    values, _ = _site_values(simulated, inputs)
+    _, errors = _site_values(finished, inputs, values)
+    return max(errors.values(), default=0.0)

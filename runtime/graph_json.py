@@ -1,7 +1,7 @@
 """A graph as plain JSON and back, such that a file can call nothing outside one visible list.
 
     node      {"op": "call_function", "name": "y", "target": "torch.ops.aten.linear.default", "args": ["%x", "%w"]}
-              ops: placeholder, get_attr, call_function, output; empty args and kwargs are left out; metadata is not kept
+              ops: placeholder, get_attr, call_function, output; empty args and kwargs are left out, so is metadata
     argument  number, true, false, null            itself
               "%x"                                 the node named x
               [a, b]                               a list
@@ -27,10 +27,10 @@ import torch
 from torch import fx
 
 from .errors import ArtifactError
-from .ops.catalog import NAMESPACE
+from .ops.catalog import LIBRARY
 
 # Operator namespaces that a graph may call into. The last two are registered by importing the package so named.
-NAMESPACES = ("aten", NAMESPACE, "torchvision", "transformers")
+NAMESPACES = ("aten", str(LIBRARY.ns), "torchvision", "transformers")
 
 # What export writes on sizes and on results with several parts.
 _OPERATOR = "getitem add sub mul floordiv truediv mod pow neg pos abs eq ne lt le gt ge and_ or_ xor not_ lshift rshift"
@@ -97,7 +97,7 @@ def resolve(target: str) -> Callable[..., Any]:
                         f"the graph calls {target}, which is not registered here",
                         required=f"torch with the operator {space}::{name}.{overload}",
                         found=f"torch {torch.__version__} without it",
-                        cure=f"install and import the version of {'torch' if space == 'aten' else space} it was saved with",
+                        cure=f"import the package that registers {space}, in the version it was saved with",
                     )
             if not any("file" in a.name or "path" in a.name for a in found._schema.arguments):
                 function: Callable[..., Any] = found
@@ -216,8 +216,8 @@ def _from_json(value: Any, known: Mapping[str, fx.Node], home: torch.device) -> 
             return complex(_from_json(real, known, home), _from_json(imaginary, known, home))
         case {"device": str(text), **rest} if not rest:
             return home if text == "model" else torch.device(text)
-        case {**items} if len(items) == 1:
-            kind, name = next(iter(items.items()))
+        case dict() if len(value) == 1:
+            kind, name = next(iter(value.items()))
             return _torch_value(kind, name)
     raise _malformed("argument", "an argument as described in runtime/graph_json.py", f"{value!r:.100}")
 

@@ -64,24 +64,23 @@ def block_of(columns: int, scheme: Scheme) -> int:
 def _pack_interleaved(codes: Tensor, bits: int, block: int) -> Tensor:
     rows, columns = codes.shape
     per = 8 // bits
-    pad = -columns % block
-    codes = torch.nn.functional.pad(codes, (0, pad)).to(torch.uint8)
-    parts = codes.reshape(rows, -1, per, block // per) & (2**bits - 1)  # (rows, blocks, per, block / per)
+    blocks = -(-columns // block)
+    codes = torch.nn.functional.pad(codes, (0, blocks * block - columns)).to(torch.uint8)
+    parts = codes.reshape(rows, blocks, per, block // per) & (2**bits - 1)
     packed = torch.zeros_like(parts[:, :, 0])
     for i in range(per):
         packed |= parts[:, :, i] << (bits * i)
-    return packed.reshape(rows, -1)
+    return packed.flatten(1)
 
 
 def _unpack_interleaved(packed: Tensor, bits: int, columns: int, block: int, signed: bool) -> Tensor:
-    rows = packed.shape[0]
     per = 8 // bits
-    bytes_ = packed.reshape(rows, -1, 1, block // per)
+    bytes_ = packed.unflatten(1, (packed.shape[1] * per // block, 1, block // per))
     if signed:  # shift the field to the top of an int8, then back down arithmetically: sign-extends
         fields = [(bytes_ << (8 - bits * (i + 1))).view(torch.int8) >> (8 - bits) for i in range(per)]
     else:
         fields = [((bytes_ >> (bits * i)) & (2**bits - 1)).view(torch.int8) for i in range(per)]
-    return torch.cat(fields, 2).reshape(rows, -1)[:, :columns]
+    return torch.cat(fields, 2).flatten(1)[:, :columns]
 
 
 def _interleaved(bits: int) -> Layout:

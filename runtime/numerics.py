@@ -21,6 +21,7 @@ Sources: symmetric and asymmetric as in Jacob et al. 2018 (arXiv 1712.05877), te
 
 from __future__ import annotations
 
+import math
 import zlib
 from typing import NamedTuple
 
@@ -84,7 +85,7 @@ def blocks(x: Tensor, scheme: Scheme) -> Tensor:
         case "tensor":
             return x.reshape(1, -1)
         case "channel":
-            return x.reshape(x.shape[0], -1)
+            return x.reshape(x.shape[0], math.prod(x.shape[1:]))
         case "token":
             return x.reshape(-1, x.shape[-1])
         case "group":
@@ -99,6 +100,8 @@ def parameters(x: Tensor, scheme: Scheme) -> Params:
     """
     shape = scale_shape(x.shape, scheme)
     b = blocks(x.float(), scheme)  # (groups, elements)
+    if b.shape[1] == 0:  # an empty batch as one tensor: minimum and mean want an element
+        b = b.new_zeros(b.shape[0], 1)
     match scheme.kind:
         case "symmetric":
             return Params(symmetric_scale(b.abs().amax(1), scheme.qmax).reshape(shape))

@@ -149,14 +149,15 @@ def memory_order(tensor: Tensor) -> list[int] | None:
     """Dimensions from outer to inner where they lie in memory permuted and without gaps (channels-last), else None."""
     if tensor.is_contiguous():
         return None
-    order = sorted(range(tensor.dim()), key=lambda d: -tensor.stride(d))
+    strides = tensor.stride()
+    order = sorted(range(tensor.dim()), key=lambda d: -strides[d])
     return order if tensor.permute(order).is_contiguous() else None
 
 
 def in_order(tensor: Tensor, order: list[int]) -> Tensor:
     """A copy with the same values whose `memory_order` is `order`."""
     inverse = [order.index(d) for d in range(tensor.dim())]
-    return tensor.permute(order).contiguous().permute(inverse)
+    return tensor.permute(order).clone(memory_format=torch.contiguous_format).permute(inverse)
 
 
 def plain(value: Any, where: str) -> Any:
@@ -222,14 +223,11 @@ def _kind(store: Store, name: str, tensor: Tensor) -> str:
 
 def _config(model: Compressed) -> Any:
     to_dict = getattr(model._attributes.get("config"), "to_dict", None)
-    # Through JSON text once: configs name their labels by integers, which JSON writes as text.
-    return None if to_dict is None else plain(_with_text_keys(to_dict()), "config")
-
-
-def _with_text_keys(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key if isinstance(key, str) else json.dumps(key): _with_text_keys(v) for key, v in value.items()}
-    return value
+    if to_dict is None:
+        return None
+    # transformers' configs number their labels; such keys become text, as in transformers' own files.
+    items = {k: {str(i): x for i, x in v.items()} if isinstance(v, dict) else v for k, v in to_dict().items()}
+    return plain(items, "config")
 
 
 def _write_weights(tensors: Mapping[str, Tensor], file: Path) -> None:

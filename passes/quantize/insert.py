@@ -19,6 +19,7 @@ from .sites import Site, find_sites
 
 assert LIBRARY is not None  # importing the catalogue registers the operators
 
+# On a site's call and on what it is lowered to: (name of the weight, name of the call), alike in every graph.
 SITE = "dwindle_site"
 
 
@@ -34,7 +35,7 @@ def insert(program: Program, plan: Plan) -> Program:
         if key not in weights:
             weights[key] = _fake(program, site.weight, None, None, key[1], site.node)
         site.node.replace_input_with(site.weight, weights[key])
-        site.node.meta[SITE] = site.fqn
+        site.node.meta[SITE] = (site.fqn, site.node.name)
         if edit.activation is not None:
             _insert_activation(program, site, edit, activations)
         program.log.append(Entry(stage="insert", rule="quantize.insert", where=site.fqn, reason=_spelled(edit)))

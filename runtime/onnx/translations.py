@@ -1,0 +1,456 @@
+"""Our operators as ONNX Runtime's CPU provider wants them: Program -> a graph of ATen and ONNX nodes.
+
+    quantize_dynamic   per token: QuantizeLinear with one scale a row (block_size = K), codes + 128 as uint8
+                       per tensor: DynamicQuantizeLinear
+    quantize_static    QuantizeLinear
+    qlinear            MatMulIntegerToFloat, uint8 x int8 with weights (K, N); groups: MatMulNBits on the codes
+    qlinear_weight_only  MatMulNBits, accuracy_level 4
+    qembedding         Gather of packed rows, unpacked in fp32
+    qconv2d            see `convolution`
+    dequantize         DequantizeLinear, or packed bytes unpacked in fp32
+
+uint8 because the int8 x int8 kernel is about 80 times slower (128x768x768: 23 ms against 0.29). Two forms of
+a token-wise GEMM that were slower: QuantizeLinear(axis=0) on flattened tokens (1024x384x1536: 2.47 ms against
+2.28), MatMulInteger + Cast (2.65); per tensor takes 1.78. All on one core with AVX512-VNNI, ORT 1.31.
+
+Codes equal the torch operator's bit for bit, with two exceptions. A row whose largest magnitude is below
+127 * 2^-126 keeps codes where torch gives zeros; a symmetric static code may be -128 where torch stops at -127.
+Arithmetic follows `numerics` but for the order of the two scales of a product.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..layout import block_of, layout_of
+from ..ops.catalog import by_overload
+from ..program import Program
+from ..scheme import Scheme
+from .nbits import nbits_weight, onnx_bits
+
+SHIFT = 128
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def translate(program: Program, precision: str) -> fx.GraphModule:
+    """A copy of the program's graph without our operators, on a module that holds only what it reads.
+
+    precision: "accurate" keeps the program's own quantisation; "fast" quantises activations per tensor where
+    the per-token form costs time: where a GEMM is at least as wide as its input.
+    """
+    translation = _Translation(program, precision)
+    for node in list(translation.graph.nodes):
+        translation.node(node)
+    translation.graph.eliminate_dead_code()
+    return fx.GraphModule(translation.tensors, translation.graph, "Program")
+
+
+class _Translation:
+    """A graph that is being translated, and its tensors by name: those of the store, and repacked ones."""
+
+    def __init__(self, program: Program, precision: str) -> None:
+        self.fast = precision == "fast"
+        self.graph = fx.Graph()
+        values: dict[fx.Node, fx.Node] = {}
+        self.graph.output(self.graph.graph_copy(program.graph, values))
+        for old, new in values.items():
+            new.meta = dict(old.meta)
+        names = {str(n.target) for n in program.graph.nodes if n.op == "get_attr"}
+        self.tensors: dict[str, Any] = {name: _attribute(program.module, name) for name in names}
+
+    def node(self, node: fx.Node) -> None:
+        """Translate one node if it is a call of ours."""
+        ours = by_overload(node.target) if node.op == "call_function" else None
+        if ours is None:
+            return
+        form = FORMS.get(ours.name)
+        with self.graph.inserting_before(node):
+            if form is None:  # no form of its own: what its definition does in ATen
+                node.target = ours.reference
+                return
+            new = form(self, node, *_arguments(node))
+        if new is not node:
+            node.replace_all_uses_with(new)
+            self.graph.erase_node(node)
+
+    def read(self, node: object) -> Tensor | None:
+        """The stored tensor that an argument names; None for None."""
+        return self.tensors[str(node.target)].detach() if isinstance(node, fx.Node) else None
+
+    def constant(self, name: str, value: Tensor | None) -> fx.Node | None:
+        """A node that reads `value`, kept under `name`."""
+        if value is None:
+            return None
+        self.tensors[name] = value
+        return self.graph.get_attr(name)
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> fx.Node:
+        """A call of a function below, which export traces through."""
+        return self.graph.call_function(function, arguments)
+
+    @property
+    def middle(self) -> fx.Node | None:
+        """The zero point of symmetric codes."""
+        return self.constant("dwindle.zero_point", torch.tensor(SHIFT, dtype=torch.uint8))
+
+
+def _attribute(module: torch.nn.Module, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    value: Tensor = getattr(module.get_submodule(owner), leaf)
+    return value
+
+
+def _arguments(node: fx.Node) -> list[Any]:
+    """All arguments in the order of the operator's schema."""
+    schema: Any = node.target._schema  # type: ignore[union-attr]  # one of our overloads
+    given = list(node.args)
+    return given + [node.kwargs.get(a.name, a.default_value) for a in schema.arguments[len(given) :]]
+
+
+def _name(node: fx.Node) -> str:
+    """Of a packed weight: the parameter's name."""
+    return str(node.target).removesuffix(".codes")
+
+
+def onnx(name: str, inputs: Sequence[Any], like: Sequence[Any], dtype: torch.dtype, **attributes: Any) -> Tensor:
+    """One ONNX node with an output of shape `like`."""
+    version = 1 if "::" in name else None
+    result: Tensor = torch.onnx.ops.symbolic(
+        name if "::" in name else f"::{name}", inputs, attributes, dtype=dtype, shape=like, version=version
+    )
+    return result
+
+
+# Activations
+
+
+def _quantize_dynamic(t: _Translation, node: fx.Node, x: fx.Node, granularity: str) -> fx.Node:
+    per_token = granularity == "token" and not (t.fast and not _narrows(node))
+    node.target, node.args, node.kwargs = (_per_token if per_token else _per_tensor), (x,), {}
+    return node
+
+
+def _narrows(node: fx.Node) -> bool:
+    """Every GEMM on these codes has fewer outputs than inputs: only there is a scale per token nearly free."""
+    codes = [user for user in node.users if user.target is operator.getitem and user.args[1] == 0]
+    readers = [reader for user in codes for reader in user.users]
+    shapes = [reader.args[2].meta["val"].shape for reader in readers if _is_ours(reader, "qlinear")]  # type: ignore[union-attr]
+    return len(shapes) == len(readers) and all(rows < columns for rows, columns in shapes)
+
+
+def _is_ours(node: fx.Node, name: str) -> bool:
+    ours = by_overload(node.target)
+    return ours is not None and ours.name == name
+
+
+def _per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.float()
+    # Two reductions, where Abs would write a copy: 1536 -> 384 on 1024 tokens, 1.96 ms against 2.10.
+    amax = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))
+    scale = (amax / 127).clamp_min(_TINY)  # (..., 1)
+    zero = torch.full_like(scale, SHIFT, dtype=torch.uint8)
+    codes = onnx(
+        "QuantizeLinear", (x, scale, zero), x.shape, torch.uint8, axis=x.dim() - 1, block_size=int(x.shape[-1])
+    )
+    return codes, scale
+
+
+def _per_tensor(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    codes, scale, zero = torch.onnx.ops.symbolic_multi_out(
+        "::DynamicQuantizeLinear",
+        (x.float(),),
+        {},
+        dtypes=(torch.uint8, torch.float32, torch.uint8),
+        shapes=(x.shape, (), ()),
+    )
+    return codes, scale, zero
+
+
+def _quantize_static(t: _Translation, node: fx.Node, x: fx.Node, scale: fx.Node, zero: fx.Node | None) -> fx.Node:
+    return t.call(_static, x, scale, _unsigned_zero(t, zero))
+
+
+def _unsigned_zero(t: _Translation, zero: fx.Node | None) -> fx.Node | None:
+    value = t.read(zero)
+    if value is None or zero is None:
+        return t.middle
+    return t.constant(f"{zero.target}_uint8", (value + SHIFT).to(torch.uint8))
+
+
+def _static(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    return onnx("QuantizeLinear", (x.float(), scale, zero), x.shape, torch.uint8)
+
+
+# Linear
+
+
+def _qlinear(
+    t: _Translation,
+    node: fx.Node,
+    codes: fx.Node,
+    scale: fx.Node,
+    weight: fx.Node,
+    weight_scale: fx.Node,
+    zero: fx.Node | None,
+    bias: fx.Node | None,
+    spelled: str,
+    dtype: torch.dtype,
+) -> fx.Node:
+    scheme, stored = Scheme.parse(spelled), t.read(weight)
+    assert stored is not None
+    if not spelled.startswith("8-symmetric-channel"):
+        b, *rest, attributes = _nbits(t, weight, weight_scale, zero, scheme, int(codes.meta["val"].shape[-1]))
+        activation_zero = _zero_of(t, codes)
+        return t.call(_integers_by_nbits, codes, scale, activation_zero, b, *rest, bias, attributes, dtype)
+    kn = t.constant(f"{_name(weight)}_kn", stored.t().contiguous())
+    if _is_scalar(scale, codes):
+        return t.call(_gemm_per_tensor, codes, scale, _zero_of(t, codes), kn, weight_scale, bias, dtype)
+    one = t.constant("dwindle.one", torch.tensor(1.0))
+    return t.call(_gemm_per_token, codes, scale, one, t.middle, kn, weight_scale, _as_row(t, bias), dtype)
+
+
+def _is_scalar(scale: fx.Node, codes: fx.Node) -> bool:
+    source = codes.args[0] if codes.target is operator.getitem else None
+    return (isinstance(source, fx.Node) and source.target is _per_tensor) or not scale.meta["val"].dim()
+
+
+def _zero_of(t: _Translation, codes: fx.Node) -> fx.Node | None:
+    """The zero point that goes with codes, from the node that made them."""
+    if codes.target is _static:
+        return codes.args[2]  # type: ignore[return-value]  # as _quantize_static built it
+    source = codes.args[0] if codes.target is operator.getitem else None
+    if isinstance(source, fx.Node) and source.target is _per_tensor:
+        return t.call(operator.getitem, source, 2)
+    return t.middle
+
+
+def _as_row(t: _Translation, bias: fx.Node | None) -> fx.Node | None:
+    """A bias of shape (1, N): with (N,) ORT would fuse Add and Gelu into its slow BiasGelu."""
+    value = t.read(bias)
+    return None if value is None or bias is None else t.constant(f"{bias.target}_row", value.reshape(1, -1))
+
+
+def _gemm(codes: Tensor, weight: Tensor, scale: Tensor, weight_scale: Tensor, zero: Tensor, bias: Any) -> Tensor:
+    shape = (*codes.shape[:-1], weight.shape[1])
+    inputs = (codes, weight, scale, weight_scale, zero, None, bias)
+    return onnx("com.microsoft::MatMulIntegerToFloat", inputs, shape, torch.float32)
+
+
+def _gemm_per_token(
+    codes: Tensor,
+    scale: Tensor,
+    one: Tensor,
+    zero: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    y = _gemm(codes, weight, one, weight_scale, zero, None) * scale
+    return (y if bias is None else y + bias).to(dtype)
+
+
+def _gemm_per_tensor(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return _gemm(codes, weight, scale, weight_scale, zero, bias).to(dtype)
+
+
+def _weight_only(
+    t: _Translation,
+    node: fx.Node,
+    x: fx.Node,
+    weight: fx.Node,
+    scale: fx.Node,
+    zero: fx.Node | None,
+    bias: fx.Node | None,
+    spelled: str,
+) -> fx.Node:
+    columns = int(x.meta["val"].shape[-1])
+    b, *rest, attributes = _nbits(t, weight, scale, zero, Scheme.parse(spelled), columns)
+    return t.call(_by_nbits, x, b, *rest, bias, attributes)
+
+
+def _nbits(
+    t: _Translation, weight: fx.Node, scale: fx.Node, zero: fx.Node | None, scheme: Scheme, columns: int
+) -> tuple[Any, ...]:
+    """Nodes for MatMulNBits: weight, scales, zero points, and its attributes."""
+    packed, scales = t.read(weight), t.read(scale)
+    assert packed is not None
+    assert scales is not None
+    w = nbits_weight(packed, scales, t.read(zero), scheme, columns)
+    name, bits = _name(weight), onnx_bits(scheme)
+    attributes = {"K": columns, "N": packed.shape[0], "bits": bits, "block_size": w.block, "accuracy_level": 4}
+    tensors = (("blocks", w.blocks), ("scales", w.scales), ("zeros", w.zeros))
+    return *(t.constant(f"{name}_{suffix}", value) for suffix, value in tensors), attributes
+
+
+def _by_nbits(x: Tensor, b: Tensor, scale: Tensor, zero: Any, bias: Tensor | None, attributes: Any) -> Tensor:
+    shape = (*x.shape[:-1], attributes["N"])
+    y = onnx("com.microsoft::MatMulNBits", (x.float(), b, scale, zero), shape, torch.float32, **attributes)
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def _integers_by_nbits(
+    codes: Tensor,
+    scale: Tensor,
+    activation_zero: Tensor,
+    b: Tensor,
+    weight_scale: Tensor,
+    zero: Any,
+    bias: Tensor | None,
+    attributes: Any,
+    dtype: torch.dtype,
+) -> Tensor:
+    integers = codes.float() - activation_zero.float()
+    y = _by_nbits(integers, b, weight_scale, zero, None, attributes) * scale
+    return (y if bias is None else y + bias).to(dtype)
+
+
+# Tables and other packed tensors
+
+
+def unpacked(packed: Tensor, columns: int, scheme: Scheme) -> Tensor:
+    """fp32 codes (rows, columns) of packed ones, by arithmetic that ONNX has on every type: see `layout`."""
+    bits, signed = layout_of(scheme).bits, scheme.kind in ("symmetric", "ternary")
+    if bits == 8:
+        return packed.float()
+    per, block = 8 // bits, block_of(columns, scheme)
+    rest = packed.float().reshape(packed.shape[0], -1, 1, block // per)
+    fields = []
+    for _ in range(per):
+        above = torch.floor(rest * 2.0**-bits)
+        field = rest - above * 2.0**bits
+        fields.append(torch.where(field >= 2 ** (bits - 1), field - 2**bits, field) if signed else field)
+        rest = above
+    codes = torch.cat(fields, 2).reshape(packed.shape[0], -1)[:, :columns]
+    return codes * 2 - 1 if scheme.kind == "binary" else codes
+
+
+def _values(packed: Tensor, scale: Tensor, zero: Tensor | None, columns: int, spelled: str) -> Tensor:
+    """fp32 (rows, columns): the scales of a row are one, or one a group."""
+    codes = unpacked(packed, columns, Scheme.parse(spelled))
+    groups = scale.shape[1] if scale.dim() == 2 else 1
+    grouped = codes.reshape(codes.shape[0], groups, -1)
+    if zero is not None:
+        grouped = grouped - (zero if not zero.dim() else zero.reshape(-1, groups, 1))
+    grouped = grouped * (scale if not scale.dim() else scale.reshape(-1, groups, 1))
+    return grouped.reshape(codes.shape)
+
+
+def _qembedding(
+    t: _Translation,
+    node: fx.Node,
+    indices: fx.Node,
+    weight: fx.Node,
+    scale: fx.Node,
+    zero: fx.Node | None,
+    columns: int,
+    spelled: str,
+    dtype: torch.dtype,
+) -> fx.Node:
+    return t.call(_lookup, indices, weight, scale, zero, columns, spelled, dtype)
+
+
+def _lookup(
+    indices: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    columns: int,
+    spelled: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    flat = indices.reshape(-1)
+    rows, scales = weight.index_select(0, flat), scale.index_select(0, flat) if scale.dim() else scale
+    zeros = zero if zero is None or not zero.dim() else zero.index_select(0, flat)
+    return _values(rows, scales, zeros, columns, spelled).reshape(*indices.shape, columns).to(dtype)
+
+
+def _dequantize(
+    t: _Translation,
+    node: fx.Node,
+    codes: fx.Node,
+    scale: fx.Node,
+    zero: fx.Node | None,
+    shape: list[int],
+    spelled: str,
+    dtype: torch.dtype,
+) -> fx.Node:
+    return t.call(_whole, codes, scale, zero, shape, spelled, dtype)
+
+
+def _whole(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, shape: list[int], spelled: str, dtype: torch.dtype
+) -> Tensor:
+    columns = 1
+    for size in shape[1:]:
+        columns *= size
+    return _values(codes.reshape(codes.shape[0], -1), scale, zero, columns, spelled).reshape(shape).to(dtype)
+
+
+# Convolution
+
+
+def _qconv2d(
+    t: _Translation,
+    node: fx.Node,
+    codes: fx.Node,
+    scale: fx.Node,
+    zero: fx.Node | None,
+    weight: fx.Node,
+    weight_scale: fx.Node,
+    bias: fx.Node | None,
+    *rest: Any,
+) -> fx.Node:
+    stored = t.read(weight)
+    assert stored is not None
+    oihw = t.constant(f"{_name(weight)}_oihw", stored.permute(0, 3, 1, 2).contiguous())
+    return t.call(_convolution, codes, scale, _zero_of(t, codes), oihw, weight_scale, bias, *rest)
+
+
+def _convolution(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    sizes = [
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, p, d, k, s in zip(codes.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True)
+    ]
+    shape = (codes.shape[0], weight.shape[0], *sizes)
+    pads = [*padding, *padding]
+    window = {"strides": list(stride), "pads": pads, "dilations": list(dilation), "group": groups}
+    acc = onnx("ConvInteger", (codes, weight, zero), shape, torch.int32, **window)
+    y = acc.float() * (scale * weight_scale).reshape(-1, 1, 1)
+    return (y if bias is None else y + bias.reshape(-1, 1, 1)).to(dtype)
+
+
+FORMS: dict[str, Callable[..., fx.Node]] = {
+    "quantize_dynamic": _quantize_dynamic,
+    "quantize_static": _quantize_static,
+    "qlinear": _qlinear,
+    "qlinear_weight_only": _weight_only,
+    "qembedding": _qembedding,
+    "dequantize": _dequantize,
+    "qconv2d": _qconv2d,
+}
