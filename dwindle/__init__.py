@@ -9,10 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .frontends.api import Compressed, Student, compress, prepare
+    from .frontends.api import compress
     from .frontends.recipe import Recipe
+    from .frontends.student import Student, prepare
     from .frontends.transplant import transplant
     from .runtime.artifact import load
+    from .runtime.compressed import Compressed
     from .runtime.errors import DwindleError
 
 __version__ = "0.1.0"
@@ -30,13 +32,13 @@ __all__ = [
 ]
 
 _HOME = {
-    "Compressed": ".frontends.api",
+    "Compressed": ".runtime.compressed",
     "DwindleError": ".runtime.errors",
     "Recipe": ".frontends.recipe",
-    "Student": ".frontends.api",
+    "Student": ".frontends.student",
     "compress": ".frontends.api",
     "load": ".runtime.artifact",
-    "prepare": ".frontends.api",
+    "prepare": ".frontends.student",
     "transplant": ".frontends.transplant",
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,31 +56,21 @@ def compress(
     original = capture(model, arguments, Store.of(model), dynamic_shapes=dynamic_shapes)
     tensors = verification_inputs(original, signature, arguments)
 
-    def batches() -> Iterable[Sequence[Tensor]]:
-        if data is None:
-            raise CalibrationError(
-                f"the recipe {recipe.name or 'given'} has static activations",
-                required="data=[batch, ...]",
-                found="no calibration data",
-                cure="pass some batches, or use a recipe with dynamic activations such as zeroquant-w8a8",
-            )
-        return flat_batches(original, signature, data)
-
+    batches = calibration_batches(original, signature, recipe, data)
     job = Job(rules=rules, target=target, batches=batches, observer=recipe.calibration.observer)
     program, lowering, output = finish(prepared(original.copy(), tensors, job), tensors, job)
     certificate = certify(program, original, tensors, tensor_sizes(original), lowering, output)
     certificate.check()
     plan = job.plan or Plan()
-    target.aliases = {a: to for a, to in original.store.aliases.items() if target.get(to) is not None}
+    target.alias_as(original.store)
 
     def grow(training: bool, call: Mapping[str, Any]) -> Program:
-        fresh = capture(model, call, Store.of(model), training=training, dynamic_shapes=None)
-        again = Job(rules=rules, plan=plan, target=target)
-        flat = verification_inputs(fresh, signature, call)
-        return finish(prepared(fresh, flat, again), flat, again)[0]
+        fresh = capture(model, call, Store.of(model), training=training, dynamic_shapes=dynamic_shapes)
+        again = Job(plan=plan, target=target)
+        return lowered(prepared(fresh, verification_inputs(fresh, signature, call), again), again)
 
     if plan:
-        _own_parameters(target)
+        target.freeze()
     compressed = Compressed.named(model, "Compressed")(
         target,
         plan,
@@ -96,17 +86,22 @@ def compress(
     return compressed
 
 
-def prepared(program: Program, tensors: Sequence[Tensor], job: Job) -> Driver:
+def prepared(program: Program, tensors: Sequence[Tensor] | None, job: Job) -> Driver:
     """Take a captured program to one that simulates the plan; the driver holds it and its errors."""
     driver = Driver(program, tensors)
     run_stages(driver, PREPARE, job)
     return driver
 
 
+def lowered(driver: Driver, job: Job) -> Program:
+    """Make real what a prepared program simulates."""
+    return run_stages(driver, FINISH, job)
+
+
 def finish(driver: Driver, tensors: Sequence[Tensor], job: Job) -> tuple[Program, float, Difference]:
     """Lower a prepared program: (program, error of lowering, error against the captured program)."""
     simulated = driver.program
-    program = run_stages(driver, FINISH, job)
+    program = lowered(driver, job)
     return program, lowering_error(program, simulated, tensors), difference(driver.captured, driver.outputs)
 
 
@@ -122,8 +117,19 @@ def forwarded(model: nn.Module) -> dict[str, Any]:
     return {name: getattr(model, name) for name in FORWARDED if hasattr(model, name)}
 
 
-def _own_parameters(store: Store) -> None:
-    """Parameter objects of our own on the same memory: those of a quantised model take no gradient."""
-    for name, value in list(store.entries()):
-        if isinstance(value, nn.Parameter):
-            store.put(name, nn.Parameter(value.detach(), requires_grad=False))
+def calibration_batches(
+    program: Program, signature: Signature, recipe: Recipe, data: Iterable[Any] | None
+) -> Callable[[], Iterable[Sequence[Tensor]]]:
+    """Flat batches of `data`, asked for only where something is static; then no data is an error."""
+
+    def batches() -> Iterable[Sequence[Tensor]]:
+        if data is None:
+            raise CalibrationError(
+                f"the recipe {recipe.name or 'given'} has static activations",
+                required="data=[batch, ...]",
+                found="no calibration data",
+                cure="pass some batches, or use a recipe with dynamic activations such as zeroquant-w8a8",
+            )
+        return flat_batches(program, signature, data)
+
+    return batches

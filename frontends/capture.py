@@ -41,13 +41,15 @@ def capture(
     """Capture one variant of `model` as a Program on `store`.
 
     arguments: the call by parameter name; tensors of any size, constants as they are.
-    dynamic_shapes: names of the dimensions that may vary, by argument name and dimension; None guesses batch
-        and sequence and falls back to fewer where the model fixes them; {} keeps all sizes.
+    dynamic_shapes: names of the dimensions that may vary, by argument name and dimension (arguments that this
+        call lacks are passed over); None guesses batch and sequence and falls back to fewer where the model fixes them; {} keeps all sizes.
     The model's training flags are put back. Raises CaptureError naming the line that cannot be captured.
     """
     widened = {name: _widen(value) for name, value in arguments.items()}
     structure, tensors = flatten(dict(widened))
-    candidates = [dynamic_shapes] if dynamic_shapes is not None else guess_dynamic(widened)
+    candidates = guess_dynamic(widened)
+    if dynamic_shapes is not None:
+        candidates = [{name: dims for name, dims in dynamic_shapes.items() if name in widened}]
     with _mode(model, training):
         exported, dims = _export(model, widened, candidates)
     module = exported.module()

@@ -20,7 +20,7 @@ def as_arguments(model: nn.Module, inputs: Any) -> dict[str, Any]:
     """One call's arguments by parameter name.
 
     inputs: a mapping of keyword arguments, a tuple of positional ones, one tensor, or None, which makes up
-    an example for a transformers model. Caches are switched off, since a cache is not a tensor.
+    an example for a transformers model.
     """
     signature = Signature.of(model)
     if inputs is None:
@@ -28,10 +28,7 @@ def as_arguments(model: nn.Module, inputs: Any) -> dict[str, Any]:
     if isinstance(inputs, Tensor):
         inputs = (inputs,)
     args, kwargs = (inputs, {}) if isinstance(inputs, tuple | list) else ((), dict(inputs))
-    arguments = signature.bind(tuple(args), kwargs)
-    if "use_cache" in signature.names and getattr(getattr(model, "config", None), "use_cache", False):
-        arguments.setdefault("use_cache", False)
-    return arguments
+    return signature.bind(tuple(args), kwargs)
 
 
 def example_inputs(model: nn.Module) -> dict[str, Any]:

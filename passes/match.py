@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx
@@ -91,33 +91,41 @@ class Miss:
     at: object = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Trail:
-    """Bindings so far; copied before a choice so that the other one starts clean."""
+    """What is matched so far. Frozen, so that a choice that fails further on leaves nothing behind."""
 
     bindings: dict[str, Any] = field(default_factory=dict)
-    nodes: list[fx.Node] = field(default_factory=list)
+    nodes: tuple[fx.Node, ...] = ()
+    shared: tuple[fx.Node, ...] = ()
 
-    def copy(self) -> _Trail:
-        return _Trail(dict(self.bindings), list(self.nodes))
+    @property
+    def length(self) -> int:
+        return len(self.nodes) + len(self.bindings)
 
-    def take(self, other: _Trail) -> None:
-        self.bindings, self.nodes = other.bindings, other.nodes
+
+class _Misses:
+    """The miss that got furthest: it says best what is in the way."""
+
+    def __init__(self) -> None:
+        self.length, self.best = -1, Miss("no order of the operands fits")
+
+    def add(self, trail: _Trail, reason: str, at: object = None) -> None:
+        if trail.length > self.length:
+            self.length, self.best = trail.length, Miss(reason, at)
 
 
 def match(pattern: Call, root: fx.Node) -> Match | Miss:
     """Match `pattern` with its outermost call at `root`."""
-    trail = _Trail()
-    miss = _call(pattern, root, trail)
-    if miss is not None:
-        return miss
-    inside = set(trail.nodes)
-    for node in trail.nodes[1:]:
-        outside = [u for u in node.users if u not in inside]
-        if outside and node not in trail.bindings.get("__shared__", ()):
-            return Miss(f"{node.name} is used by {outside[0].name} as well", node)
-    trail.bindings.pop("__shared__", None)
-    return Match(root, trail.bindings, tuple(trail.nodes))
+    misses = _Misses()
+    for trail in _call(pattern, root, _Trail(), misses):
+        inside = set(trail.nodes)
+        leaks = [(n, u) for n in trail.nodes[1:] if n not in trail.shared for u in n.users if u not in inside]
+        if not leaks:
+            return Match(root, trail.bindings, trail.nodes)
+        node, user = leaks[0]
+        misses.add(trail, f"{node.name} is used by {user.name} as well", node)
+    return misses.best
 
 
 def full_args(node: fx.Node) -> tuple[Any, ...]:
@@ -146,60 +154,65 @@ class Index:
             yield from self._calls.get(target, ())
 
 
-def _call(pattern: Call, node: object, trail: _Trail) -> Miss | None:
+def _call(pattern: Call, node: object, trail: _Trail, misses: _Misses) -> Iterator[_Trail]:
+    """Every way in which `pattern` can be `node`."""
     if not isinstance(node, fx.Node) or node.op != "call_function" or node.target not in pattern.targets:
         wanted = " or ".join(str(t) for t in pattern.targets)
-        return Miss(f"required {wanted}, found {_describe(node)}", node)
-    trail.nodes.append(node)
-    if pattern.shared:
-        trail.bindings["__shared__"] = (*trail.bindings.get("__shared__", ()), node)
-    if pattern.name is not None:
-        miss = _bind(pattern.name, node, trail)
-        if miss is not None:
-            return miss
+        misses.add(trail, f"required {wanted}, found {_describe(node)}", node)
+        return
+    shared = (*trail.shared, node) if pattern.shared else trail.shared
+    trail = replace(trail, nodes=(*trail.nodes, node), shared=shared)
     found = full_args(node)
+    orders = [found]
     if pattern.commutative and len(pattern.args) >= 2:
-        attempt = trail.copy()
-        if _arguments(pattern.args, found, attempt) is None:
-            trail.take(attempt)
-            return None
-        found = (found[1], found[0], *found[2:])
-    return _arguments(pattern.args, found, trail)
+        orders.append((found[1], found[0], *found[2:]))
+    for named in _bind(pattern.name, node, trail, misses) if pattern.name is not None else (trail,):
+        for arguments in orders:
+            yield from _arguments(pattern.args, arguments, named, misses)
 
 
-def _arguments(patterns: tuple[Any, ...], found: tuple[Any, ...], trail: _Trail) -> Miss | None:
+def _arguments(patterns: tuple[Any, ...], found: tuple[Any, ...], trail: _Trail, misses: _Misses) -> Iterator[_Trail]:
     if len(patterns) > len(found):
-        return Miss(f"required {len(patterns)} arguments, found {len(found)}")
-    for pattern, argument in zip(patterns, found, strict=False):
-        miss = _argument(pattern, argument, trail)
-        if miss is not None:
-            return miss
-    return None
+        misses.add(trail, f"required {len(patterns)} arguments, found {len(found)}")
+    elif not patterns:
+        yield trail
+    else:
+        for first in _argument(patterns[0], found[0], trail, misses):
+            yield from _arguments(patterns[1:], found[1:], first, misses)
 
 
-def _argument(pattern: Any, found: Any, trail: _Trail) -> Miss | None:
+def _argument(pattern: Any, found: Any, trail: _Trail, misses: _Misses) -> Iterator[_Trail]:
+    node = isinstance(found, fx.Node)
     match pattern:
         case Call():
-            return _call(pattern, found, trail)
+            return _call(pattern, found, trail, misses)
         case Var(name):
-            return _bind(name, found, trail) if isinstance(found, fx.Node) else Miss(f"{name} is not a node", found)
+            wrong = None if node else f"{name} is not a node"
         case Maybe(name):
-            ok = found is None or isinstance(found, fx.Node)
-            return _bind(name, found, trail) if ok else Miss(f"{name} is a literal", found)
+            wrong = None if node or found is None else f"{name} is a literal"
         case Stored(name):
-            stored = isinstance(found, fx.Node) and found.op == "get_attr"
-            return _bind(name, found, trail) if stored else Miss(f"{name} is not a stored tensor", found)
+            wrong = None if node and found.op == "get_attr" else f"{name} is not a stored tensor"
         case Literal(name):
-            return Miss(f"{name} is computed", found) if isinstance(found, fx.Node) else _bind(name, found, trail)
-    if isinstance(found, fx.Node) or found != pattern:
-        return Miss(f"required {pattern!r}, found {_describe(found)}", found)
-    return None
+            wrong = f"{name} is computed" if node else None
+        case _:
+            if not node and found == pattern:
+                return iter((trail,))
+            wrong = f"required {pattern!r}, found {_describe(found)}"
+    if wrong is None:
+        return _bind(name, found, trail, misses)
+    misses.add(trail, wrong, found)
+    return iter(())
 
 
-def _bind(name: str, value: Any, trail: _Trail) -> Miss | None:
-    known = trail.bindings.setdefault(name, value)
-    same = known is value if isinstance(value, fx.Node) else known == value
-    return None if same else Miss(f"{name} is both {_describe(known)} and {_describe(value)}", value)
+def _bind(name: str, value: Any, trail: _Trail, misses: _Misses) -> Iterator[_Trail]:
+    if name not in trail.bindings:
+        yield replace(trail, bindings={**trail.bindings, name: value})
+        return
+    known = trail.bindings[name]
+    if known is value if isinstance(value, fx.Node) else known == value:
+        yield trail
+    else:
+        misses.add(trail, f"{name} is both {_describe(known)} and {_describe(value)}", value)
 
 
 def _describe(value: object) -> str:

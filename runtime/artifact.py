@@ -3,8 +3,8 @@
 A file is data until it has been checked: format, digests, tensors against their entries, and every call of
 every graph against the list in `graph_json`. Nothing is unpickled, and nothing is imported by name, but for the
 transformers class of an output, which `structure` looks up when the model is called.
-Not handled: `grow`, so a loaded model serves the variants it was saved with; a model's attributes, but for its
-config as plain data with attribute access.
+Not handled: `grow`, so a loaded model serves the variants it was saved with; the class of a config, which comes
+back as plain data with attribute access (transformers reads the same config.json).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Compressed:
         cls = Compressed.called(str(manifest["class"]), signature)
         certificate = Certificate.from_json(manifest["certificate"])
         log = tuple(Entry(**entry) for entry in manifest["log"])
-    attributes = _attributes(folder, manifest["files"])
+    config = _read_config(folder) if CONFIG in manifest["files"] else {}
     with _reading(folder / WEIGHTS):
         mapped = _read_weights(folder / WEIGHTS, manifest["tensors"])
     tensors = {name: _place(mapped.pop(name), entry, home) for name, entry in _parts(manifest["tensors"])}
@@ -68,7 +68,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Compressed:
             certificate=certificate,
             log=log,
             measured=manifest["measured"],
-            attributes=attributes,
+            attributes={**manifest["attributes"], **config},
         )
         for graph, contract in zip(graphs, contracts, strict=True):
             _check_fit(graph.find_nodes(op="placeholder"), contract.arguments, f"inputs of {contract.describe()}")
@@ -216,9 +216,7 @@ def _count(structure: Structure) -> int:
     raise ArtifactError("a contract has an unknown structure", found=f"{structure!r:.100}", cure="update dwindle")
 
 
-def _attributes(folder: Path, files: Mapping[str, Any]) -> dict[str, Any]:
-    if CONFIG not in files:
-        return {}
+def _read_config(folder: Path) -> dict[str, Any]:
     with _reading(folder / CONFIG):
         return {"config": Output(revive(json.loads((folder / CONFIG).read_bytes())))}
 

@@ -96,10 +96,21 @@ class Contract:
 
 
 class Signature:
-    """How a model is called: its parameter names and defaults, in order."""
+    """How a model is called: its parameter names and defaults, in order.
 
-    def __init__(self, names: Sequence[str], defaults: Mapping[str, Any], open_ended: bool) -> None:
+    implied: arguments every call has unless it says otherwise; a transformers model's config may ask for a cache
+    where the signature says None, and a cache is not a tensor that a graph could give.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        defaults: Mapping[str, Any],
+        open_ended: bool,
+        implied: Mapping[str, Any] | None = None,
+    ) -> None:
         self.names, self.defaults, self.open_ended = tuple(names), dict(defaults), open_ended
+        self.implied = dict(implied or {})
 
     @staticmethod
     def of(model: torch.nn.Module) -> Signature:
@@ -114,10 +125,11 @@ class Signature:
             names.append(name)
             if p.default is None or isinstance(p.default, bool | int | float | str):
                 defaults[name] = p.default
-        return Signature(names, defaults, open_ended)
+        caches = "use_cache" in names and getattr(getattr(model, "config", None), "use_cache", False)
+        return Signature(names, defaults, open_ended, {"use_cache": False} if caches else None)
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments by name, in signature order, without those that have their default value."""
+        """Arguments by name, in signature order, implied ones added and those that have their default left out."""
         if len(args) > len(self.names):
             raise CaptureError("too many positional arguments", required=f"at most {len(self.names)}", found=len(args))
         bound = dict(zip(self.names, args, strict=False))
@@ -126,15 +138,21 @@ class Signature:
                 problem = "given twice" if name in bound else "unknown"
                 raise CaptureError(f"argument {name!r} {problem}", required=", ".join(self.names), found=name)
             bound[name] = value
+        bound = {**self.implied, **{n: v for n, v in bound.items() if not self._is_default(n, v)}}
         order = [*self.names, *(n for n in bound if n not in self.names)]
-        return {n: bound[n] for n in order if n in bound and not self._is_default(n, bound[n])}
+        return {n: bound[n] for n in order if n in bound}
 
     def _is_default(self, name: str, value: Any) -> bool:
         return name in self.defaults and not isinstance(value, Tensor) and self.defaults[name] == value
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        return {"names": list(self.names), "defaults": self.defaults, "open_ended": self.open_ended}
+        return {
+            "names": list(self.names),
+            "defaults": self.defaults,
+            "open_ended": self.open_ended,
+            "implied": self.implied,
+        }
 
     def as_inspect(self) -> inspect.Signature:
         """For tools that ask a class what its forward takes."""
@@ -142,7 +160,7 @@ class Signature:
         parameters = [inspect.Parameter("self", kind)]
         for name in self.names:
             # Python wants defaults last; an argument without a default cannot follow one with.
-            late = any("default" in str(p) or p.default is not p.empty for p in parameters)
+            late = any(p.default is not p.empty for p in parameters)
             default = self.defaults.get(name, None if late else inspect.Parameter.empty)
             parameters.append(inspect.Parameter(name, kind, default=default))
         return inspect.Signature(parameters)

@@ -74,8 +74,8 @@ def _pack_interleaved(codes: Tensor, bits: int, block: int) -> Tensor:
 
 
 def _unpack_interleaved(packed: Tensor, bits: int, columns: int, block: int, signed: bool) -> Tensor:
-    per = 8 // bits
-    bytes_ = packed.unflatten(1, (packed.shape[1] * per // block, 1, block // per))
+    rows, per = packed.shape[0], 8 // bits
+    bytes_ = packed.reshape(rows, packed.shape[1] * per // block, 1, block // per)
     if signed:  # shift the field to the top of an int8, then back down arithmetically: sign-extends
         fields = [(bytes_ << (8 - bits * (i + 1))).view(torch.int8) >> (8 - bits) for i in range(per)]
     else:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +48,9 @@ class QTensor(nn.Module):
             params = params or numerics.parameters(weight, scheme)
             codes = numerics.quantize(weight, params, scheme, key=key)
             packed = pack(codes.reshape(codes.shape[0], -1), scheme)
-        return QTensor(packed, params.scale, params.zero_point, scheme, tuple(weight.shape))
+        # Clones: `refresh` writes into its own buffers, never into the caller's parameters.
+        zero_point = None if params.zero_point is None else params.zero_point.clone()
+        return QTensor(packed, params.scale.clone(), zero_point, scheme, tuple(weight.shape))
 
     @property
     def params(self) -> Params:
@@ -73,6 +77,16 @@ class QTensor(nn.Module):
         fresh = QTensor.quantize(weight, self.scheme)
         for name, buffer in self.named_buffers():
             buffer.copy_(fresh.get_buffer(name))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves with its model but keeps its dtypes: scales stay fp32 in a model cast to half."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
 
     def extra_repr(self) -> str:
         return f"{self.scheme.spell()}, shape={self.shape}, {self.nbytes} bytes"

@@ -1,22 +1,83 @@
-"""The report: the certificate, the log and the measurements, as a table or as plain data."""
+"""The report: the certificate, the log and the measurements, as tables or as plain data.
+
+Tables are short however deep the model is: layers are shown by block, blocks of one kind together, and the layers
+with the largest errors by name. `to_json()` leaves nothing out.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
+from rich.text import Text
 
-from .certificate import Certificate
+from .certificate import Certificate, Layer
 from .program import Entry
+from .scheme import Scheme
+
+PRINTED_WIDTH = 110
+MOST_ROWS = 16  # more layers are shown by block, more blocks by kind
+WORST = 5
+NARROW = 80  # columns; below, tables leave out what can be done without
+
+
+@dataclass(frozen=True)
+class Block:
+    """Layers of one part of a model: `encoder.layer.3` and what lies below it."""
+
+    name: str
+    layers: tuple[Layer, ...]
+
+    @property
+    def quantized(self) -> tuple[Layer, ...]:
+        """Those stored as integers."""
+        return tuple(layer for layer in self.layers if is_quantized(layer))
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes in the original model."""
+        return sum(layer.bytes_before for layer in self.layers)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes as stored now."""
+        return sum(layer.bytes_after for layer in self.layers)
+
+    @property
+    def error(self) -> float | None:
+        """The largest error of a layer, None where none was measured."""
+        return max((layer.error for layer in self.layers if layer.error is not None), default=None)
+
+
+@dataclass(frozen=True)
+class Service:
+    """A kernel, how many layers it serves, and why kernels before it did not: reason -> layers."""
+
+    operator: str
+    kernel: str
+    layers: int
+    declined: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A rewrite that was not made for one reason at some places of the graph."""
+
+    rule: str
+    reason: str
+    places: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Report:
-    """Facts about one compressed model; `print(report)` shows it, `to_json()` gives everything.
+    """Facts about one compressed model; `print(report)` shows them, `to_json()` gives everything.
 
     measured: {"latency": [{"batch", "eager_p50", "eager_p95", "p50", "p95"}, ...] in seconds, "machine": ...}
     """
@@ -35,76 +96,210 @@ class Report:
             "measured": dict(self.measured),
         }
 
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """The certificate's layers, layer.2 before layer.10."""
+        return tuple(sorted(self.certificate.layers, key=lambda layer: _natural(layer.name)))
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """The layers by block."""
+        return _grouped((block_of(layer.name), layer) for layer in self.layers)
+
+    @property
+    def services(self) -> tuple[Service, ...]:
+        """What the operators dispatched to, the most used first."""
+        served = Counter((layer.operator, layer.kernel) for layer in self.layers if layer.operator)
+        declined = {
+            key: Counter(r for layer in self.layers if (layer.operator, layer.kernel) == key for r in layer.declined)
+            for key in served
+        }
+        return tuple(Service(*key, count, declined[key]) for key, count in served.most_common())
+
+    @property
+    def refusals(self) -> tuple[Refusal, ...]:
+        """Rewrites that were declined, by rule and reason."""
+        places: dict[tuple[str, str], list[str]] = defaultdict(list)
+        for entry in self.log:
+            if not entry.applied:
+                places[entry.rule, entry.reason].append(entry.where)
+        return tuple(Refusal(*key, tuple(where)) for key, where in sorted(places.items()))
+
     def __str__(self) -> str:
-        console = Console(width=110, no_color=True, force_terminal=False, record=False)
+        console = Console(width=PRINTED_WIDTH, no_color=True, force_terminal=False, record=False)
         with console.capture() as capture:
-            console.print(self.__rich__())
-        return capture.get()
+            console.print(self)
+        return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
-    def __rich__(self) -> Group:
-        parts = [self._layers(), self._summary()]
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        narrow = options.max_width < NARROW
+        yield self._summary()
+        yield from self._layers(narrow)
+        if self.services:
+            yield self._services()
         if self.measured.get("latency"):
-            parts.append(self._latency())
-        declined = sorted({f"{e.rule} {e.where}: {e.reason}" for e in self.log if not e.applied})
-        if declined:
-            parts.append(_column("Declined, and why", declined))
-        return Group(*parts)
-
-    def _layers(self) -> Table:
-        table = Table(title="Layers", title_justify="left")
-        for name in ("layer", "stored as", "operator", "kernel"):
-            table.add_column(name, overflow="fold")
-        for name in ("bytes before", "after", "error"):
-            table.add_column(name, justify="right")
-        for layer in self.certificate.layers:
-            error = "" if layer.error is None else f"{layer.error:.2e}"
-            before, after = f"{layer.bytes_before:,}", f"{layer.bytes_after:,}"
-            table.add_row(layer.name, layer.scheme, layer.operator, layer.kernel, before, after, error)
-        return table
+            yield self._latency(narrow)
+        if self.refusals:
+            yield self._refusals(narrow)
 
     def _summary(self) -> Table:
         c = self.certificate
-        rows = [
-            (
-                "tensors",
-                f"{c.bytes_before:,} -> {c.bytes_after:,} bytes ({c.bytes_after / max(c.bytes_before, 1):.3f})",
-            ),
-            ("output error", _differences(c.output_error)),
-            ("lowered against simulated", f"{c.lowering_error:.2e} relative"),
-            ("nodes that only simulate", str(c.simulated)),
-            ("graph breaks", str(c.graph_breaks)),
-            ("checked on", c.inputs),
-        ]
+        ratio = c.bytes_after / max(c.bytes_before, 1)
+        table = _table(str(self.recipe.get("name") or "Certificate"), show_header=False)
+        table.add_row("tensors", f"{size(c.bytes_before)} -> {size(c.bytes_after)} ({ratio:.3f} of the bytes)")
+        table.add_row("output error", differences(c.output_error))
+        table.add_row("lowering error", f"{c.lowering_error:.2e} relative, largest of a layer")
+        table.add_row("simulated nodes", str(c.simulated))
+        table.add_row("graph breaks", str(c.graph_breaks))
+        table.add_row("checked on", c.inputs)
         if "disk" in self.measured:
-            rows.append(("on disk", self.measured["disk"]))
-        table = Table(title="Certificate", title_justify="left", show_header=False)
-        for row in rows:
-            table.add_row(*row)
+            table.add_row("on disk", str(self.measured["disk"]))
         return table
 
-    def _latency(self) -> Table:
-        table = Table(title=f"Latency, ms ({self.measured.get('machine', '')})", title_justify="left")
-        for name in ("batch", "eager p50", "p95", "compressed p50", "p95", "ratio of p50"):
-            table.add_column(name, justify="right")
+    def _layers(self, narrow: bool) -> Iterator[Table]:
+        changed = [layer for layer in self.layers if layer.operator or is_quantized(layer)]
+        if len(changed) <= MOST_ROWS:
+            yield _layer_table("Quantised layers", changed, narrow)
+            return
+        blocks = self.blocks
+        if len(blocks) > MOST_ROWS:
+            blocks = _alike(blocks)
+        table = _table("Blocks")
+        table.add_column("block", overflow="fold")
+        for name in ("tensors", "quantised", "before", "after", "largest error"):
+            if not (narrow and name in ("tensors", "before")):
+                table.add_column(name, justify="right", no_wrap=True)
+        for block in blocks:
+            numbers = [str(len(block.layers)), str(len(block.quantized)), size(block.bytes_before)]
+            shown = [numbers[1]] if narrow else numbers
+            table.add_row(block.name, *shown, size(block.bytes_after), _error(block.error))
+        yield table
+        worst = sorted((layer for layer in changed if layer.error is not None), key=lambda layer: -(layer.error or 0.0))
+        if worst:
+            yield _layer_table("Layers with the largest errors", worst[:WORST], narrow)
+
+    def _services(self) -> Table:
+        table = _table("What runs")
+        for name in ("operator", "kernel"):
+            table.add_column(name, overflow="fold")
+        table.add_column("layers", justify="right")
+        table.add_column("others declined", overflow="fold")
+        for service in self.services:
+            why = "; ".join(f"{reason} ({count})" for reason, count in service.declined.items())
+            table.add_row(service.operator, service.kernel, str(service.layers), why)
+        return table
+
+    def _latency(self, narrow: bool) -> Table:
+        table = _table(f"Latency, ms ({self.measured.get('machine', '')})")
+        columns = ("batch", "eager p50", "p95", "compressed p50", "p95", "ratio of p50")
+        for name in columns:
+            if not (narrow and name == "p95"):
+                table.add_column(name.removesuffix(" of p50") if narrow else name, justify="right")
+        keys = ("eager_p50", "p50") if narrow else ("eager_p50", "eager_p95", "p50", "p95")
         for row in self.measured["latency"]:
-            times = [f"{row[k] * 1e3:.2f}" for k in ("eager_p50", "eager_p95", "p50", "p95")]
+            times = [f"{row[key] * 1e3:.2f}" for key in keys]
             table.add_row(str(row["batch"]), *times, f"{row['p50'] / row['eager_p50']:.2f}")
         return table
 
+    def _refusals(self, narrow: bool) -> Table:
+        table = _table("Declined, and why")
+        for name in ("rule", "reason"):
+            table.add_column(name, overflow="fold")
+        table.add_column("at", overflow="fold")
+        for refusal in self.refusals:
+            first, more = refusal.places[0], len(refusal.places) - 1
+            table.add_row(refusal.rule, refusal.reason, f"{first} and {more} more" if more else first)
+        return table
 
-def _differences(error: Mapping[str, float | None]) -> str:
+
+def is_quantized(layer: Layer) -> bool:
+    """Whether it is stored under a scheme; others are named by their dtype, or were folded away."""
+    return layer.scheme[:1].isdigit()
+
+
+def block_of(name: str) -> str:
+    """The part of a model that a tensor belongs to: up to its first number, or its first name."""
+    path = name.split(".")
+    numbers = [i for i, part in enumerate(path) if part.isdigit()]
+    return ".".join(path[: numbers[0] + 1]) if numbers else path[0]
+
+
+def spoken(scheme: str) -> str:
+    """A stored form in words: "int8 per channel", "ternary in groups of 64"; a dtype stays as it is."""
+    if not scheme[:1].isdigit():
+        return scheme
+    s = Scheme.parse(scheme)
+    kind = {"symmetric": f"int{s.bits}", "asymmetric": f"uint{s.bits}"}.get(s.kind, str(s.kind))
+    return f"{kind} in groups of {s.group_size}" if s.granularity == "group" else f"{kind} per {s.granularity}"
+
+
+def size(count: int) -> str:
+    """Bytes in decimal units, three digits: "90.9 MB"."""
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    return f"{count} B" if unit == "B" else f"{value:.{0 if value >= 99.95 else 1}f} {unit}"
+
+
+def differences(error: Mapping[str, float | None]) -> str:
+    """An output error in one line."""
     sqnr = error.get("sqnr")
     shown = "exact" if sqnr is None else f"SQNR {sqnr:.1f} dB"
     return f"{shown}, relative {error.get('relative') or 0.0:.2e}, cosine {error.get('cosine') or 0.0:.5f}"
 
 
-def _column(title: str, lines: Iterable[str]) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False)
-    for line in lines:
-        table.add_row(line)
-    return table
-
-
 def dumps(report: Report) -> str:
     """The report as JSON text."""
     return json.dumps(report.to_json(), indent=1, default=str)
+
+
+def _grouped(named: Iterable[tuple[str, Layer]]) -> tuple[Block, ...]:
+    groups: dict[str, list[Layer]] = defaultdict(list)
+    for name, layer in named:
+        groups[name].append(layer)
+    return tuple(Block(name, tuple(layers)) for name, layers in groups.items())
+
+
+def _alike(blocks: Iterable[Block]) -> tuple[Block, ...]:
+    """Numbered blocks of one parent as one: `encoder.layer.0-11`."""
+    families: dict[str, list[Block]] = defaultdict(list)
+    for block in blocks:
+        parent, _, leaf = block.name.rpartition(".")
+        families[parent if leaf.isdigit() else block.name].append(block)
+    merged = []
+    for parent, members in families.items():
+        name = members[0].name
+        if len(members) > 1:
+            ends = [member.name.rpartition(".")[2] for member in (members[0], members[-1])]
+            name = f"{parent}.{ends[0]}-{ends[1]}".lstrip(".")
+        merged.append(Block(name, tuple(layer for member in members for layer in member.layers)))
+    return tuple(merged)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _layer_table(title: str, layers: Iterable[Layer], narrow: bool) -> Table:
+    table = _table(title)
+    table.add_column("layer", overflow="fold")
+    if not narrow:
+        table.add_column("stored as", overflow="fold")
+        table.add_column("kernel", overflow="fold")
+        table.add_column("before", justify="right", no_wrap=True)
+    for name in ("after", "error"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for layer in layers:
+        wide = [] if narrow else [spoken(layer.scheme), layer.kernel, size(layer.bytes_before)]
+        table.add_row(layer.name, *wide, size(layer.bytes_after), _error(layer.error))
+    return table
+
+
+def _table(title: str, *, show_header: bool = True) -> Table:
+    return Table(title=Text(title), title_justify="left", title_style="bold", show_header=show_header)
+
+
+def _error(error: float | None) -> str:
+    return "" if error is None else f"{error:.2e}"

@@ -88,6 +88,7 @@ def describe(model: Compressed, tensors: Mapping[str, Any]) -> dict[str, Any]:
     names = {"torch": torch.__version__, "class": type(model).__name__}
     parts = {
         "signature": model.signature.to_json(),
+        "attributes": {k: v for k, v in model._attributes.items() if isinstance(v, str | int | float)},
         "recipe": model.recipe,
         "plan": model.plan.to_json(),
         "certificate": model.certificate.to_json(),

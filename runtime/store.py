@@ -97,12 +97,28 @@ class Store(nn.Module):
     def constant(self, value: Tensor) -> str:
         """Store a constant of a graph once, whatever variant it comes from, and give its name."""
         constants = self._modules.get("constants")
-        for name, known in constants._buffers.items() if constants is not None else ():
-            if known is not None and known.dtype == value.dtype and torch.equal(known, value):
+        stored = constants._buffers if constants is not None else {}
+        for name, known in stored.items():
+            same = known is not None and known.dtype == value.dtype and known.device == value.device
+            if same and torch.equal(known, value):  # type: ignore[arg-type]  # not None
                 return f"constants.{name}"
-        name = f"constants.c{len(constants._buffers) if constants is not None else 0}"
+        name = next(f"constants.c{i}" for i in range(len(stored) + 1) if f"c{i}" not in stored)
         self.put(name, value, persistent=False)
         return name
+
+    def alias_as(self, other: Store) -> None:
+        """Take over the aliases of another store for what is stored here."""
+        self.aliases = {alias: name for alias, name in other.aliases.items() if self.get(name) is not None}
+
+    def freeze(self, *, clone: bool = False) -> None:
+        """Parameter objects of our own, which take no gradient; with `clone`, all floating tensors on own memory."""
+        for module in self.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    data = parameter.detach().clone() if clone else parameter.detach()
+                    module._parameters[name] = nn.Parameter(data, requires_grad=False)
+            if clone and not isinstance(module, QTensor):
+                module._buffers.update({n: b.clone() for n, b in module._buffers.items() if b is not None})
 
     def entries(self) -> Iterator[tuple[str, Tensor | QTensor]]:
         """Everything stored, once: parameters, buffers, and QTensors whole."""

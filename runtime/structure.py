@@ -2,13 +2,15 @@
 
 `flatten(value)` gives (structure, tensors); `rebuild(structure, tensors)` gives the value back. A structure is
 JSON: a dict with a "kind". transformers' ModelOutput comes back as its own class where transformers is
-installed, else as `Output`, which has the same attribute, key and index access.
+installed, else as `Output`, which has the same attribute, key and index access; a named tuple comes back as one
+of the same name and fields.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+from collections import namedtuple
 from collections.abc import Sequence
 from typing import Any
 
@@ -90,6 +92,8 @@ def _rebuild(structure: Structure, leaves: Any) -> Any:
         case "list":
             return [_rebuild(s, leaves) for s in structure["items"]]
     items = {name: _rebuild(s, leaves) for name, s in structure["items"].items()}
+    if structure["kind"] == "namedtuple":
+        return _tuple_class(structure["class"], tuple(items))(*items.values())
     if structure["kind"] == "dict":
         return items
     cls = _find(structure["class"])
@@ -97,11 +101,24 @@ def _rebuild(structure: Structure, leaves: Any) -> Any:
 
 
 def _items(value: dict[str, Any], leaves: list[Any], leaf: type) -> dict[str, Structure]:
-    return {str(name): _flatten(v, leaves, leaf) for name, v in value.items()}
+    for name in value:
+        if not isinstance(name, str):
+            raise CaptureError(
+                "a dict in an input or output has a key that is not text",
+                required="keys of type str",
+                found=f"{name!r} ({type(name).__name__})",
+                cure="wrap the model in a module that renames the keys",
+            )
+    return {name: _flatten(v, leaves, leaf) for name, v in value.items()}
 
 
 def _path(value: Any) -> str:
     return f"{type(value).__module__}:{type(value).__qualname__}"
+
+
+def _tuple_class(path: str, fields: tuple[str, ...]) -> Any:
+    """A named tuple like the one at `path`, which is not imported (an artifact must not choose what runs)."""
+    return namedtuple(path.rpartition(":")[2].rpartition(".")[2], fields)
 
 
 def _find(path: str) -> Any:

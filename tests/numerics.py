@@ -8,6 +8,7 @@ the rounding of large ones. What each kind promises:
     exact         structural: what is computed does not change, so neither does one bit
     approximate   the same in real numbers, other rounding: fused attention, folded batch norm, folded scales
     sliced        masked == sliced: zeros left out of a sum, which changes the order in which it is added up
+    kernel        an operator against float64 on the same codes and scales
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Kind = Literal["exact", "approximate", "sliced"]
+Kind = Literal["exact", "approximate", "sliced", "kernel"]
 
 TOLERANCES: dict[tuple[Kind, torch.dtype], float] = {
     ("exact", torch.float64): 0.0,
@@ -33,6 +34,10 @@ TOLERANCES: dict[tuple[Kind, torch.dtype], float] = {
     # Measured on one product over 256 columns, 70 % kept: fp64 3.6e-16, fp32 5.1e-7
     ("sliced", torch.float64): 1e-9,
     ("sliced", torch.float32): 1e-5,
+    # A sum of at most 50 products in fp32, rounded once to the dtype
+    ("kernel", torch.float32): 1e-6,
+    ("kernel", torch.bfloat16): 2.0**-8,
+    ("kernel", torch.float16): 2.0**-11,
 }
 
 # Slack of the numeric contract, in units that its tests name.
@@ -40,6 +45,8 @@ SLACK: dict[str, float] = {
     # |x - Q(x)| <= s (1/2 + slack * qmax): x / s, the scale and (code - z) * s round once each, at most 2^-24
     # of the range qmax * s
     "half step": 4 * 2.0**-24,
+    # qconv2d against float64, of the largest sum (where the zero point's share cancels, of that share)
+    "convolution": 1e-6,
     # fp32 mean of at most 200 numbers against fp64, relative
     "mean": 1e-5,
 }

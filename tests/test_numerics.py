@@ -291,7 +291,7 @@ def test_uniform_is_the_documented_hash(key: int) -> None:
 
 def test_uniform_is_uniform() -> None:
     u = numerics.uniform(100_000, 12345)
-    assert 0.0 <= float(u.min())
+    assert float(u.min()) >= 0.0
     assert float(u.max()) < 1.0
     assert abs(float(u.mean()) - 0.5) < 5 / math.sqrt(12 * 100_000)
     counts = torch.histc(u, 64, 0, 1)

@@ -120,9 +120,7 @@ def _name(node: fx.Node) -> str:
 def onnx(name: str, inputs: Sequence[Any], like: Sequence[Any], dtype: torch.dtype, **attributes: Any) -> Tensor:
     """One ONNX node with an output of shape `like`."""
     version = 1 if "::" in name else None
-    result: Tensor = torch.onnx.ops.symbolic(
-        name if "::" in name else f"::{name}", inputs, attributes, dtype=dtype, shape=like, version=version
-    )
+    result: Tensor = torch.onnx.ops.symbolic(name, inputs, attributes, dtype=dtype, shape=like, version=version)
     return result
 
 
@@ -162,7 +160,7 @@ def _per_token(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _per_tensor(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     codes, scale, zero = torch.onnx.ops.symbolic_multi_out(
-        "::DynamicQuantizeLinear",
+        "DynamicQuantizeLinear",
         (x.float(),),
         {},
         dtypes=(torch.uint8, torch.float32, torch.uint8),
