@@ -232,10 +232,15 @@ def _wrong_tensor(name: str, required: object, found: object) -> ArtifactError:
 
 @contextlib.contextmanager
 def _reading(file: Path) -> Iterator[None]:
-    """Whatever malformed data raises, deep inside json, torch or fx, is told as a damaged file."""
+    """Whatever malformed data raises, deep inside json, torch or fx, is told as a damaged file; all errors name it."""
     try:
         yield
-    except (ArtifactError, OSError, MemoryError, torch.OutOfMemoryError):
+    except (OSError, MemoryError, torch.OutOfMemoryError):
         raise
+    except ArtifactError as error:
+        if str(file.parent) in error.message:
+            raise
+        more = {"required": error.required, "found": error.found, "cure": error.cure}
+        raise ArtifactError(f"{file}: {error.message}", **more) from error
     except Exception as error:
         raise _damaged(file, "an artifact as save() writes it", f"{type(error).__name__}: {error}") from error

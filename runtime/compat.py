@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,3 +63,38 @@ def _clean_path(path: str) -> str:
 def is_guard(node: fx.Node) -> bool:
     """The node by which an exported module checks its inputs."""
     return node.op == "call_module" and str(node.target).startswith("_guards_fn")
+
+
+def retrace(module: fx.GraphModule) -> fx.GraphModule:
+    """A graph from dynamo as pre-dispatch ATen, placeholders and shapes as they were.
+
+    Traced under the placeholders' own fake mode: the tracing context's raises "Mixing fake modes".
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    values = [n.meta["example_value"] for n in module.graph.nodes if n.op == "placeholder"]
+    mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
+    trace = make_fx(
+        fx.Interpreter(module).run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True
+    )
+    with mode or contextlib.nullcontext(), fx.traceback.preserve_node_meta():
+        return trace(*values)
+
+
+def parameter_name(placeholder: fx.Node) -> str:
+    """The model's name for the tensor that dynamo lifted to a placeholder, as dynamo's source spells it."""
+    source = placeholder.meta["grapharg"].source
+    return _clean_path(re.sub(r"\.?_(modules|parameters|buffers)(?=\[)", "", source.name))
+
+
+def inductor(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Compile a graph of ATen calls for `inputs`, with gradients where they need any."""
+    from torch._inductor.compile_fx import compile_fx
+
+    compiled: Callable[..., Any] = compile_fx(module, list(inputs))
+    return compiled
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written in place; an inference tensor does not count."""
+    return 0 if tensor.is_inference() else tensor._version

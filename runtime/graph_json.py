@@ -67,16 +67,18 @@ def graph_from_json(nodes: Iterable[Mapping[str, Any]], home: torch.device, stor
 
     Raises ArtifactError on a target outside the list, a name that nothing defines, or anything malformed.
     """
-    graph, known = fx.Graph(), dict[str, fx.Node]()
+    graph, known, op = fx.Graph(), dict[str, fx.Node](), ""
     for node in nodes:
+        if op == "output":
+            raise _malformed("graph", "an output node, last", f"{node!r:.100} after it")
         name, op = node["name"], node["op"]
-        if not isinstance(name, str) or name in known or "output" in known:
-            raise _malformed("node", "a text of its own, before the output", name)
+        if not isinstance(name, str) or name in known:
+            raise _malformed("node", "a name of its own", repr(name))
         args = tuple(_from_json(arg, known, home) for arg in node.get("args", []))
         kwargs = {_identifier(key): _from_json(arg, known, home) for key, arg in node.get("kwargs", {}).items()}
         known[name] = graph.create_node(op, _target_from_json(op, node["target"], stored), args, kwargs, name)
-    if "output" not in known:
-        raise _malformed("graph", "an output node, last", "none")
+    if op != "output":
+        raise _malformed("graph", "an output node, last", op or "no nodes")
     return graph
 
 
@@ -236,4 +238,4 @@ def dtype_named(name: str) -> torch.dtype:
 
 
 def _malformed(what: str, required: str, found: object) -> ArtifactError:
-    return ArtifactError(f"a {what} is not as it must be", required=required, found=found)
+    return ArtifactError(f"malformed {what} in a graph", required=required, found=found)

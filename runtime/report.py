@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from rich import box
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -293,13 +294,13 @@ def _layer_table(title: str, layers: Iterable[Layer], narrow: bool) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for layer in layers:
         wide = [] if narrow else [spoken(layer.scheme), layer.kernel, size(layer.bytes_before)]
-        table.add_row(layer.name, *wide, size(layer.bytes_after), _error(layer.error))
+        table.add_row(layer.name.removesuffix(".weight"), *wide, size(layer.bytes_after), _error(layer.error))
     return table
 
 
 def _table(title: str, *, show_header: bool = True) -> Table:
-    return Table(title=Text(title), title_justify="left", title_style="bold", show_header=show_header)
+    return Table(title=Text(title), title_justify="left", title_style="bold", show_header=show_header, box=box.SIMPLE_HEAD)
 
 
 def _error(error: float | None) -> str:
-    return "" if error is None else f"{error:.2e}"
+    return "" if error is None else f"{error:.3g}"

@@ -239,9 +239,10 @@ def _write_weights(tensors: Mapping[str, Tensor], file: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Ask the system to bring a file or folder to disk."""
+    """Ask the system to bring a file or folder to disk; not every file system can for folders."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+            os.fsync(handle)
     finally:
         os.close(handle)

@@ -34,10 +34,10 @@ TOLERANCES: dict[tuple[Kind, torch.dtype], float] = {
     # Measured on one product over 256 columns, 70 % kept: fp64 3.6e-16, fp32 5.1e-7
     ("sliced", torch.float64): 1e-9,
     ("sliced", torch.float32): 1e-5,
-    # A sum of at most 50 products in fp32, rounded once to the dtype
+    # A sum of at most 50 products; torch's CPU products round partial sums to bf16 and fp16.
     ("kernel", torch.float32): 1e-6,
-    ("kernel", torch.bfloat16): 2.0**-8,
-    ("kernel", torch.float16): 2.0**-11,
+    ("kernel", torch.bfloat16): 1e-2,
+    ("kernel", torch.float16): 2e-3,
 }
 
 # Slack of the numeric contract, in units that its tests name.

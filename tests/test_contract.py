@@ -52,9 +52,7 @@ def test_fitting_calls_pass(tensors: list[Tensor]) -> None:
         ([IDS[None], call()[1]], "input_ids", "int64 ['batch', 'sequence']", "int64 [1, 2, 8]"),
     ],
 )
-def test_a_misfit_is_named_with_required_and_found(
-    tensors: list[Tensor], name: str, required: str, found: str
-) -> None:
+def test_a_misfit_is_named_with_required_and_found(tensors: list[Tensor], name: str, required: str, found: str) -> None:
     with pytest.raises(CaptureError) as caught:
         CONTRACT.check(tensors)
     text = str(caught.value)

@@ -173,7 +173,7 @@ def test_a_changed_node_is_refused(position: int, change: dict[str, Any]) -> Non
 
 
 def test_a_node_after_the_output_is_refused() -> None:
-    with pytest.raises(ArtifactError, match="before the output"):
+    with pytest.raises(ArtifactError, match="output node, last"):
         graph_from_json([*small(), {"op": "placeholder", "name": "y", "target": "y"}], CPU, {"w"})
 
 

@@ -164,7 +164,7 @@ def test_qlinear_against_float64(scheme: Scheme, columns: int, lead: tuple[int, 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_qlinear_rounds_once_to_the_dtype_asked_for(dtype: torch.dtype) -> None:
-    args, expected = qlinear_args(Scheme(), 33, (2, 3))
+    args, _ = qlinear_args(Scheme(), 33, (2, 3))
     bias = args[5].to(dtype)
     for b in (bias, None):
         narrow = (*args[:5], b, args[6], dtype)

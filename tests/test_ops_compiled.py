@@ -66,12 +66,22 @@ EXAMPLES: dict[str, list[tuple[Any, ...]]] = {
     ],
     "dequantize": [(*packed(s), [5, 3, 2, 2], s.spell(), torch.float32) for s in SCHEMES],
 }
-CASES = [pytest.param(op, args, id=f"{op.name}-{i}") for op in OPS for i, args in enumerate(EXAMPLES[op.name])]
+CASES = [
+    pytest.param(op, args, id=f"{op.name}-{i}", marks=pytest.mark.slow if i else ())
+    for op in OPS
+    for i, args in enumerate(EXAMPLES[op.name])
+]
 
 
 @pytest.mark.parametrize(("op", "args"), CASES)
 def test_opcheck(op: Operator, args: tuple[Any, ...]) -> None:
     torch.library.opcheck(op.overload, args)
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_schema_and_shapes_are_true_for_every_scheme(op: Operator) -> None:
+    for args in EXAMPLES[op.name]:
+        torch.library.opcheck(op.overload, args, test_utils=("test_schema", "test_faketensor"))
 
 
 # torch.compile. x has rows enough that division by a reciprocal would show: about 4 % of scales, 0.01 % of codes.
@@ -81,7 +91,7 @@ def activations(rows: int) -> Tensor:
     return random(rows, 61) * torch.logspace(-3, 3, rows).reshape(-1, 1)
 
 
-def quantised(x: Tensor, params: numerics.Params, bits: Tensor | None = None) -> tuple[Tensor, ...]:
+def quantised(x: Tensor, params: numerics.Params) -> tuple[Tensor, ...]:
     a, s = ops.quantize_dynamic(x, "token")
     b, t = ops.quantize_dynamic(x, "tensor")
     c = ops.quantize_static(x, params.scale, None)
@@ -145,21 +155,25 @@ def test_compiled_fake_quantize_equals_eager() -> None:
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-def test_compiled_operators_are_close_to_eager() -> None:
+@pytest.mark.parametrize(
+    "schemes", [pytest.param((A4,), id="4 bits"), pytest.param(SCHEMES, id="all", marks=pytest.mark.slow)]
+)
+def test_compiled_operators_are_close_to_eager(schemes: tuple[Scheme, ...]) -> None:
     def everything(x: Tensor, ids: Tensor, image: Tensor, weights: list[Any]) -> list[Tensor]:
         codes, s = ops.quantize_dynamic(x, "token")
         out = []
-        for q, scheme in zip(weights, SCHEMES, strict=True):
+        for q, scheme in zip(weights, schemes, strict=True):
             out.append(ops.qlinear(codes, s, *q, None, scheme.spell(), torch.float32))
             out.append(ops.qlinear_weight_only(x, *q, None, scheme.spell()))
             out.append(ops.qembedding(ids, *q, 12, scheme.spell(), torch.float32))
         pixels = ops.quantize_static(image, ONE, None)
-        out.append(ops.qconv2d(pixels, ONE, ZERO, FILTER, ONE.expand(6), None, [1, 1], [1, 1], [1, 1], 1, torch.float32))
+        ones = [1, 1]
+        out.append(ops.qconv2d(pixels, ONE, ZERO, kernel, ONE.expand(6), None, ones, ones, ones, 1, torch.float32))
         return out
 
-    FILTER = int8(6, 3, 3, 4)
+    kernel = int8(6, 3, 3, 4)
     compiled = torch.compile(everything, dynamic=True, fullgraph=True)
-    weights = [packed(s) for s in SCHEMES]
+    weights = [packed(s) for s in schemes]
     for rows in (7, 33):
         args = (random(rows, 12), torch.arange(rows) % 5, random(rows, 4, 5, 6), weights)
         for found, expected in zip(compiled(*args), everything(*args), strict=True):

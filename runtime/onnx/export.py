@@ -13,7 +13,6 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
-import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -28,10 +27,9 @@ from torch.export import Dim
 from ..contract import Contract, bind_call
 from ..errors import ExportError, MissingDependencyError
 from ..model import GraphModel
-from ..ops.catalog import by_overload
 from ..program import Program
 from ..structure import Structure
-from .check import LIMITS, PROVIDERS, check
+from .check import PROVIDERS, Probe, check
 from .example import batches, smaller
 
 Precision = Literal["accurate", "fast"]
@@ -66,12 +64,13 @@ def export_onnx(
     recipe = getattr(model, "recipe", {})
     with _quiet(), tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
         built = _build(program, precision, opset)
+        probe = Probe.write(built, Path(folder) / "probe.onnx")
         built.metadata_props.update(_properties(provider, precision, recipe))
         written = _write(built, Path(folder) / path.name)
-        limit = LIMITS[precision] if _quantized(program) else LIMITS["float"]
-        check(written, program, output_names(program.contract), examples, limit)
-        for part in sorted(Path(folder).iterdir(), reverse=True):  # weights first: the model is last to appear
-            shutil.move(part, path.parent / part.name)
+        check(written, probe, program, output_names(program.contract), examples)
+        for part in (_data(written), written):  # the model is last to appear
+            if part.exists():
+                part.rename(path.parent / part.name)
     return path
 
 
@@ -95,12 +94,15 @@ def _data(path: Path) -> Path:
 
 
 def _variant(model: GraphModel, inputs: Mapping[str, Any] | None) -> tuple[Program, list[Tensor] | None]:
+    found = [program for program in model.variants.values() if not program.contract.training]
     if inputs is not None:
         structure, tensors = bind_call(model.signature, (), dict(inputs))
-        program = model.program(False, structure, lambda: model.signature.bind((), inputs))
+        # A variant with these tensors will do whatever its constants (use_cache, return_dict) are.
+        names = list(_leaves(structure, ""))
+        alike = [p for p in found if [i.name for i in p.contract.inputs] == names]
+        program = alike[0] if alike else model.program(False, structure, lambda: model.signature.bind((), inputs))
         program.contract.check(tensors)
         return program, tensors
-    found = [program for program in model.variants.values() if not program.contract.training]
     if len(found) != 1:
         raise ExportError(
             "which variant of the model?",
@@ -127,12 +129,10 @@ def _leaves(structure: Structure, prefix: str) -> Iterator[str]:
         yield from _leaves(part, f"{prefix or top}.{name}".lstrip("."))
 
 
-def _quantized(program: Program) -> bool:
-    return any(by_overload(node.target) for node in program.graph.nodes if node.op == "call_function")
-
-
 def _build(program: Program, precision: str, opset: int) -> Any:
     """The onnx_ir model."""
+    from onnxscript import optimizer
+
     from .forms import rewrite
     from .translations import translate
 
@@ -152,6 +152,7 @@ def _build(program: Program, precision: str, opset: int) -> Any:
                 opset_version=opset,
                 input_names=names,
                 output_names=outputs,
+                optimize=False,  # its fusions give a RotaryEmbedding that ORT 1.31 refuses
                 verbose=False,
             )
     except Exception as error:  # torch raises many kinds; the first line says what
@@ -163,6 +164,7 @@ def _build(program: Program, precision: str, opset: int) -> Any:
         ) from error
     assert onnx_program is not None
     model = onnx_program.model
+    optimizer.optimize(model)
     _name_dimensions(model, contract)
     rewrite(model)
     return model

@@ -34,6 +34,7 @@ from ..scheme import Scheme
 from .nbits import nbits_weight, onnx_bits
 
 SHIFT = 128
+SITE = "dwindle.site"  # a node's property: the Program's node whose rounding it does, see `check`
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -117,10 +118,15 @@ def _name(node: fx.Node) -> str:
     return str(node.target).removesuffix(".codes")
 
 
-def onnx(name: str, inputs: Sequence[Any], like: Sequence[Any], dtype: torch.dtype, **attributes: Any) -> Tensor:
-    """One ONNX node with an output of shape `like`."""
+def onnx(
+    name: str, inputs: Sequence[Any], shape: Sequence[Any], dtype: torch.dtype, *, site: str | None = None, **kw: Any
+) -> Tensor:
+    """One ONNX node with an output of `shape`; kw: its attributes."""
+    properties = None if site is None else {SITE: site}
     version = 1 if "::" in name else None
-    result: Tensor = torch.onnx.ops.symbolic(name, inputs, attributes, dtype=dtype, shape=like, version=version)
+    result: Tensor = torch.onnx.ops.symbolic(
+        name, inputs, kw, dtype=dtype, shape=shape, version=version, metadata_props=properties
+    )
     return result
 
 
@@ -129,7 +135,7 @@ def onnx(name: str, inputs: Sequence[Any], like: Sequence[Any], dtype: torch.dty
 
 def _quantize_dynamic(t: _Translation, node: fx.Node, x: fx.Node, granularity: str) -> fx.Node:
     per_token = granularity == "token" and not (t.fast and not _narrows(node))
-    node.target, node.args, node.kwargs = (_per_token if per_token else _per_tensor), (x,), {}
+    node.target, node.args, node.kwargs = (_per_token if per_token else _per_tensor), (x, node.name), {}
     return node
 
 
@@ -146,31 +152,30 @@ def _is_ours(node: fx.Node, name: str) -> bool:
     return ours is not None and ours.name == name
 
 
-def _per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+def _per_token(x: Tensor, site: str) -> tuple[Tensor, Tensor]:
     x = x.float()
     # Two reductions, where Abs would write a copy: 1536 -> 384 on 1024 tokens, 1.96 ms against 2.10.
     amax = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))
     scale = (amax / 127).clamp_min(_TINY)  # (..., 1)
     zero = torch.full_like(scale, SHIFT, dtype=torch.uint8)
-    codes = onnx(
-        "QuantizeLinear", (x, scale, zero), x.shape, torch.uint8, axis=x.dim() - 1, block_size=int(x.shape[-1])
-    )
-    return codes, scale
+    blocks = {"axis": x.dim() - 1, "block_size": int(x.shape[-1])}
+    return onnx("QuantizeLinear", (x, scale, zero), x.shape, torch.uint8, site=site, **blocks), scale
 
 
-def _per_tensor(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _per_tensor(x: Tensor, site: str) -> tuple[Tensor, Tensor, Tensor]:
     codes, scale, zero = torch.onnx.ops.symbolic_multi_out(
         "DynamicQuantizeLinear",
         (x.float(),),
         {},
         dtypes=(torch.uint8, torch.float32, torch.uint8),
         shapes=(x.shape, (), ()),
+        metadata_props={SITE: site},
     )
     return codes, scale, zero
 
 
 def _quantize_static(t: _Translation, node: fx.Node, x: fx.Node, scale: fx.Node, zero: fx.Node | None) -> fx.Node:
-    return t.call(_static, x, scale, _unsigned_zero(t, zero))
+    return t.call(_static, x, scale, _unsigned_zero(t, zero), node.name)
 
 
 def _unsigned_zero(t: _Translation, zero: fx.Node | None) -> fx.Node | None:
@@ -180,8 +185,8 @@ def _unsigned_zero(t: _Translation, zero: fx.Node | None) -> fx.Node | None:
     return t.constant(f"{zero.target}_uint8", (value + SHIFT).to(torch.uint8))
 
 
-def _static(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    return onnx("QuantizeLinear", (x.float(), scale, zero), x.shape, torch.uint8)
+def _static(x: Tensor, scale: Tensor, zero: Tensor, site: str) -> Tensor:
+    return onnx("QuantizeLinear", (x.float(), scale, zero), x.shape, torch.uint8, site=site)
 
 
 # Linear
@@ -202,9 +207,10 @@ def _qlinear(
     scheme, stored = Scheme.parse(spelled), t.read(weight)
     assert stored is not None
     if not spelled.startswith("8-symmetric-channel"):
-        b, *rest, attributes = _nbits(t, weight, weight_scale, zero, scheme, int(codes.meta["val"].shape[-1]))
-        activation_zero = _zero_of(t, codes)
-        return t.call(_integers_by_nbits, codes, scale, activation_zero, b, *rest, bias, attributes, dtype)
+        x = t.call(_floating, codes, scale, _zero_of(t, codes))
+        columns = int(codes.meta["val"].shape[-1])
+        blocks = _nbits(t, weight, weight_scale, zero, scheme, columns)
+        return t.call(_by_nbits, x, *blocks, bias, dtype, node.name)
     kn = t.constant(f"{_name(weight)}_kn", stored.t().contiguous())
     if _is_scalar(scale, codes):
         return t.call(_gemm_per_tensor, codes, scale, _zero_of(t, codes), kn, weight_scale, bias, dtype)
@@ -276,8 +282,8 @@ def _weight_only(
     spelled: str,
 ) -> fx.Node:
     columns = int(x.meta["val"].shape[-1])
-    b, *rest, attributes = _nbits(t, weight, scale, zero, Scheme.parse(spelled), columns)
-    return t.call(_by_nbits, x, b, *rest, bias, attributes)
+    blocks = _nbits(t, weight, scale, zero, Scheme.parse(spelled), columns)
+    return t.call(_by_nbits, x, *blocks, bias, x.meta["val"].dtype, node.name)
 
 
 def _nbits(
@@ -294,26 +300,24 @@ def _nbits(
     return *(t.constant(f"{name}_{suffix}", value) for suffix, value in tensors), attributes
 
 
-def _by_nbits(x: Tensor, b: Tensor, scale: Tensor, zero: Any, bias: Tensor | None, attributes: Any) -> Tensor:
-    shape = (*x.shape[:-1], attributes["N"])
-    y = onnx("com.microsoft::MatMulNBits", (x.float(), b, scale, zero), shape, torch.float32, **attributes)
-    return (y if bias is None else y + bias).to(x.dtype)
-
-
-def _integers_by_nbits(
-    codes: Tensor,
-    scale: Tensor,
-    activation_zero: Tensor,
+def _by_nbits(
+    x: Tensor,
     b: Tensor,
-    weight_scale: Tensor,
-    zero: Any,
+    scale: Tensor,
+    zero: Tensor | None,
+    attributes: dict[str, int],
     bias: Tensor | None,
-    attributes: Any,
     dtype: torch.dtype,
+    site: str,
 ) -> Tensor:
-    integers = codes.float() - activation_zero.float()
-    y = _by_nbits(integers, b, weight_scale, zero, None, attributes) * scale
+    shape = (*x.shape[:-1], attributes["N"])
+    inputs = (x.float(), b, scale, zero)
+    y = onnx("com.microsoft::MatMulNBits", inputs, shape, torch.float32, site=site, **attributes)
     return (y if bias is None else y + bias).to(dtype)
+
+
+def _floating(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    return (codes.float() - zero.float()) * scale
 
 
 # Tables and other packed tensors
