@@ -44,8 +44,8 @@ def dwindle_backend(
     recipe, inner = _options(options or {})
     graph = compat.retrace(module)
     if torch.is_grad_enabled() or not recipe.quantize:
-        program = canonicalize(_program(graph.graph, Store()))
-        return inner(program.module, example_inputs)
+        program, _ = _program(module, graph, example_inputs, hold=False)
+        return inner(canonicalize(program).module, example_inputs)
     return _quantized(module, graph, example_inputs, recipe, inner)
 
 
@@ -76,7 +76,7 @@ def _quantized(
     recipe: Recipe,
     inner: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
 ) -> Callable[..., Any]:
-    program, kept = _with_stored_parameters(module, graph.graph, example_inputs)
+    program, kept = _program(module, graph, example_inputs, hold=True)
     floats = {name: value for name, value in program.store.entries() if isinstance(value, nn.Parameter)}
     job = Job(rules=recipe.rules())
     program = run_stages(Driver(program, None), PIPELINE, job)
@@ -85,39 +85,43 @@ def _quantized(
     return _Refreshing(compiled, kept, [(floats[n], job.target.get(n)) for n in dict.fromkeys(quantized)])
 
 
-def _with_stored_parameters(
-    module: fx.GraphModule, lifted: fx.Graph, example_inputs: Sequence[Any]
+def _program(
+    module: fx.GraphModule, retraced: fx.GraphModule, example_inputs: Sequence[Any], *, hold: bool
 ) -> tuple[Program, list[int]]:
-    """Placeholders that are parameters become reads of a store; those that stay are given by position."""
+    """The retraced graph on a store, and which of dynamo's arguments it still takes, by position.
+
+    hold: placeholders that are parameters become reads of the store, so that passes see them as weights.
+    """
     graph, store = fx.Graph(), Store()
     kept, names, values = list[int](), dict[int, str](), dict[fx.Node, fx.Node]()
     sources = [n for n in module.graph.nodes if n.op == "placeholder"]
-    placeholders = [n for n in lifted.nodes if n.op == "placeholder"]
+    placeholders = [n for n in retraced.graph.nodes if n.op == "placeholder"]
     for i, (source, node, value) in enumerate(zip(sources, placeholders, example_inputs, strict=True)):
-        if not isinstance(value, nn.Parameter):
+        if not (hold and isinstance(value, nn.Parameter)):
             kept.append(i)
             continue
         name = names.setdefault(id(value), compat.parameter_name(source))
         store.put(name, value)
-        values[node] = graph.get_attr(name)
-        values[node].meta = dict(node.meta)
-    for node in lifted.nodes:
-        if node not in values:
+        values[node] = _read(graph, name, node)
+    for node in retraced.graph.nodes:
+        if node.op == "get_attr":
+            values[node] = _read(graph, store.constant(retraced.get_buffer(str(node.target))), node)
+        elif node not in values:
             values[node] = graph.node_copy(node, values.__getitem__)
-    return _program(graph, store), kept
-
-
-def _program(graph: fx.Graph, store: Store) -> Program:
     contract = Contract(torch.is_grad_enabled(), {"kind": "dict", "items": {}}, (), {"kind": "tuple", "items": []})
-    return Program.of(graph, store, contract)
+    return Program.of(graph, store, contract), kept
+
+
+def _read(graph: fx.Graph, name: str, like: fx.Node) -> fx.Node:
+    node = graph.get_attr(name)
+    node.meta = dict(like.meta)
+    return node
 
 
 class _Refreshing:
     """The compiled graph, called with dynamo's arguments less the parameters it holds in integers."""
 
-    def __init__(
-        self, compiled: Callable[..., Any], kept: Sequence[int], pairs: Sequence[tuple[Tensor, Any]]
-    ) -> None:
+    def __init__(self, compiled: Callable[..., Any], kept: Sequence[int], pairs: Sequence[tuple[Tensor, Any]]) -> None:
         self._compiled, self._kept = compiled, tuple(kept)
         self._pairs = [(p, q) for p, q in pairs if isinstance(q, QTensor)]
         self._versions = [compat.version_of(p) for p, _ in self._pairs]

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..runtime.certificate import Certificate, Layer
 from ..runtime.errors import DwindleError
+from ..runtime.program import Entry
 from ..runtime.report import Report, block_of, is_quantized, size, spoken
 from .charts import Bar, bar_chart
 
@@ -88,7 +89,7 @@ def _tile(name: str, value: str, below: str) -> str:
 def _pair(*bars: tuple[str, str, float]) -> str:
     """Two bars below one another, the first the original's."""
     rows = (
-        f'<dt>{name}</dt><dd><i class="{kind}" style="width:{max(share, 0.004):.2%}"></i><span>{value}</span></dd>'
+        f'<dt>{name}</dt><dd><i class="{kind}" style="width:{share:.2%}"></i></dd><dd>{value}</dd>'
         for (name, value, share), kind in zip(bars, ("was", "is"), strict=True)
     )
     return f'<dl class="pair">{"".join(rows)}</dl>'
@@ -98,9 +99,7 @@ def _latency(report: Report) -> str:
     rows = report.measured.get("latency")
     if not rows:
         return _nothing("Not measured: the original was not at hand.")
-    cells = [
-        [str(r["batch"]), *(_ms(r[k]) for k in ("eager_p50", "eager_p95", "p50", "p95")), _ratio(r)] for r in rows
-    ]
+    cells = [[str(r["batch"]), *(_ms(r[k]) for k in ("eager_p50", "eager_p95", "p50", "p95")), _ratio(r)] for r in rows]
     heads = ("batch", "eager p50", "eager p95", "compressed p50", "compressed p95", "ratio of p50")
     return _table(heads, [[_number(cell) for cell in row] for row in cells], numbers=range(6))
 
@@ -163,7 +162,7 @@ def _layers(report: Report) -> str:
     heads = ("layer", "stored as", "kernel", "before", "after", "error")
     rows = [_layer(layer) for layer in report.layers]
     changed = [layer.scheme == "folded away" or is_quantized(layer) for layer in report.layers]
-    return _table(heads, rows, numbers=(3, 4, 5), sortable=True, marks=["" if c else "plain" for c in changed])
+    return _table(heads, rows, numbers=(3, 4, 5), sortable=True, marks=["" if c else "same" for c in changed])
 
 
 def _layer(layer: Layer) -> list[str]:
@@ -208,17 +207,19 @@ def _log(report: Report) -> str:
             for refusal in report.refusals
         ]
         declined = _table(("rule", "reason", "where"), rows)
-    whole = [
-        [
-            f"<td>{escape(entry.stage)}</td>",
-            f"<td><code>{escape(entry.rule)}</code></td>",
-            f"<td>{escape(entry.where)}</td>",
-            f"<td>{'applied' if entry.applied else 'declined'}{escape(f': {entry.reason}' if entry.reason else '')}</td>",
-        ]
-        for entry in report.log
-    ]
+    whole = [_entry(entry) for entry in report.log]
     everything = _table(("stage", "rule", "where", "what"), whole)
     return f"{declined}<details><summary>The whole log, {len(whole)} entries</summary>{everything}</details>"
+
+
+def _entry(entry: Entry) -> list[str]:
+    done = "applied" if entry.applied else "declined"
+    return [
+        f"<td>{escape(entry.stage)}</td>",
+        f"<td><code>{escape(entry.rule)}</code></td>",
+        f"<td>{escape(entry.where)}</td>",
+        f"<td>{escape(f'{done}: {entry.reason}' if entry.reason else done)}</td>",
+    ]
 
 
 def _places(places: Sequence[str]) -> str:

@@ -130,7 +130,7 @@ def _moved(program: Program, name: str, target: Store) -> str:
     if name.startswith("constants."):
         return target.constant(tensor)
     if target.get(name) is None:
-        target.put(name, tensor)
+        target.put(name, tensor, persistent=program.store.is_persistent(name))
     return name
 
 

@@ -240,7 +240,7 @@ def _reading(file: Path) -> Iterator[None]:
     except ArtifactError as error:
         if str(file.parent) in error.message:
             raise
-        more = {"required": error.required, "found": error.found, "cure": error.cure}
-        raise ArtifactError(f"{file}: {error.message}", **more) from error
+        message = f"{file}: {error.message}"
+        raise ArtifactError(message, required=error.required, found=error.found, cure=error.cure) from error
     except Exception as error:
         raise _damaged(file, "an artifact as save() writes it", f"{type(error).__name__}: {error}") from error

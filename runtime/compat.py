@@ -20,7 +20,17 @@ def is_tracing(x: Tensor) -> bool:
 
 def int_mm(a: Tensor, b: Tensor) -> Tensor:
     """int8 (M, K) @ int8 (K, N) -> int32 (M, N). Fast on CPU when `b` is the transpose of a contiguous (N, K)."""
-    return torch._int_mm(a, b)
+    return torch._int_mm(_with_rows(a), _with_rows(b))
+
+
+def _with_rows(x: Tensor) -> Tensor:
+    """`x`, copied where a stride is shorter than the row or column it leads to: a dimension of 1 may have any.
+
+    There torch._int_mm on CPU leaves its result unwritten, silently (torch 2.13, pytorch issue 195066).
+    """
+    (rows, columns), (down, right) = x.shape, x.stride()
+    fits = down >= columns if right == 1 else right >= rows
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:
@@ -74,9 +84,7 @@ def retrace(module: fx.GraphModule) -> fx.GraphModule:
 
     values = [n.meta["example_value"] for n in module.graph.nodes if n.op == "placeholder"]
     mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
-    trace = make_fx(
-        fx.Interpreter(module).run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True
-    )
+    trace = make_fx(fx.Interpreter(module).run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)
     with mode or contextlib.nullcontext(), fx.traceback.preserve_node_meta():
         return trace(*values)
 

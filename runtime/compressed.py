@@ -64,7 +64,7 @@ class Compressed(GraphModel):
 
     def save(self, path: str | Path) -> Path:
         """Write an artifact folder that `dwindle.load` reads. Raises ArtifactError if `path` exists."""
-        from .artifact import save
+        from .saving import save
 
         return save(self, Path(path))
 

@@ -101,7 +101,8 @@ def resolve(target: str) -> Callable[..., Any]:
                         found=f"torch {torch.__version__} without it",
                         cure=f"import the package that registers {space}, in the version it was saved with",
                     )
-            if not any("file" in a.name or "path" in a.name for a in found._schema.arguments):
+            texts = [a.name for a in found._schema.arguments if "str" in str(a.type)]
+            if not any("file" in name or "path" in name for name in texts):
                 function: Callable[..., Any] = found
                 return function
     raise ArtifactError(

@@ -49,7 +49,9 @@ class Program:
     @staticmethod
     def of(graph: fx.Graph, store: Store, contract: Contract, log: Iterable[Entry] = ()) -> Program:
         """A graph as a view on `store`."""
-        module = fx.GraphModule(store, graph, "Program")
+        root = torch.nn.Module()
+        view(store, root)
+        module = fx.GraphModule(root, graph, "Program")
         view(store, module)
         return Program(module, store, contract, list(log))
 

@@ -47,7 +47,7 @@ class QTensor(nn.Module):
         with torch.no_grad():
             params = params or numerics.parameters(weight, scheme)
             codes = numerics.quantize(weight, params, scheme, key=key)
-            packed = pack(codes.reshape(codes.shape[0], -1), scheme)
+            packed = pack(codes.reshape(codes.shape[0], -1), scheme).contiguous()
         # Clones: `refresh` writes into its own buffers, never into the caller's parameters.
         zero_point = None if params.zero_point is None else params.zero_point.clone()
         return QTensor(packed, params.scale.clone(), zero_point, scheme, tuple(weight.shape))

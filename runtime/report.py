@@ -299,7 +299,9 @@ def _layer_table(title: str, layers: Iterable[Layer], narrow: bool) -> Table:
 
 
 def _table(title: str, *, show_header: bool = True) -> Table:
-    return Table(title=Text(title), title_justify="left", title_style="bold", show_header=show_header, box=box.SIMPLE_HEAD)
+    return Table(
+        title=Text(title), title_justify="left", title_style="bold", show_header=show_header, box=box.SIMPLE_HEAD
+    )
 
 
 def _error(error: float | None) -> str:

@@ -35,9 +35,7 @@ class Store(nn.Module):
             if first != name:
                 store.aliases[name] = first
                 continue
-            owner, _, leaf = name.rpartition(".")
-            persistent = leaf not in model.get_submodule(owner)._non_persistent_buffers_set
-            store.put(name, _clone(tensor) if clone else tensor, persistent=persistent)
+            store.put(name, _clone(tensor) if clone else tensor, persistent=_is_persistent(model, name))
         return store
 
     def canonical(self, name: str) -> str:
@@ -50,20 +48,22 @@ class Store(nn.Module):
 
     def put(self, name: str, value: Tensor | nn.Module, *, persistent: bool = True) -> None:
         """Store a Parameter, buffer or module under a dotted name, in place of what was there."""
+        # The tables are written directly: register_parameter refuses names that this class has as methods.
         *path, leaf = name.split(".")
         owner: nn.Module = self
         for part in path:
-            if part not in owner._modules:
-                owner.add_module(part, nn.Module())
-            owner = owner._modules[part]  # type: ignore[assignment]  # None is never stored
+            owner = owner._modules.setdefault(part, nn.Module())  # type: ignore[assignment]  # None is never stored
         for table in (owner._parameters, owner._buffers, owner._modules):
             table.pop(leaf, None)  # type: ignore[attr-defined]  # three dicts of different value types
+        owner._non_persistent_buffers_set.discard(leaf)
         if isinstance(value, nn.Module):
-            owner.add_module(leaf, value)
+            owner._modules[leaf] = value
         elif isinstance(value, nn.Parameter):
-            owner.register_parameter(leaf, value)
+            owner._parameters[leaf] = value
         else:
-            owner.register_buffer(leaf, value, persistent=persistent)
+            owner._buffers[leaf] = value
+            if not persistent:
+                owner._non_persistent_buffers_set.add(leaf)
 
     def get(self, name: str) -> Tensor | QTensor | None:
         """What is stored under `name` or its alias; None if nothing is."""
@@ -80,6 +80,10 @@ class Store(nn.Module):
             module = owner._modules.get(leaf)
             return module if isinstance(module, QTensor) else None
         return value
+
+    def is_persistent(self, name: str) -> bool:
+        """Whether a stored tensor belongs to the state_dict."""
+        return _is_persistent(self, name)
 
     def remove(self, name: str) -> None:
         """Forget a tensor (and modules that are left empty)."""
@@ -140,6 +144,13 @@ def tensors_of(module: nn.Module) -> Iterator[Tensor]:
     """All parameters and buffers below `module`, each once."""
     yield from module.parameters()
     yield from module.buffers()
+
+
+def _is_persistent(module: nn.Module, name: str) -> bool:
+    *path, leaf = name.split(".")
+    for part in path:
+        module = module._modules[part]  # type: ignore[assignment]  # the path exists
+    return leaf not in module._non_persistent_buffers_set
 
 
 def _entries(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor | QTensor]]:

@@ -113,7 +113,11 @@ def _items(value: dict[str, Any], leaves: list[Any], leaf: type) -> dict[str, St
 
 
 def _path(value: Any) -> str:
-    return f"{type(value).__module__}:{type(value).__qualname__}"
+    cls = type(value)
+    path = f"{cls.__module__}:{cls.__qualname__}"
+    if _is_output(path, cls):
+        _CLASSES[path] = cls
+    return path
 
 
 def _tuple_class(path: str, fields: tuple[str, ...]) -> Any:
@@ -121,13 +125,32 @@ def _tuple_class(path: str, fields: tuple[str, ...]) -> Any:
     return namedtuple(path.rpartition(":")[2].rpartition(".")[2], fields)
 
 
+# Output classes seen or found so far: looked up once, since torch.compile cannot trace an import.
+_CLASSES: dict[str, Any] = {}
+
+
 def _find(path: str) -> Any:
-    """The output class, only from a module that is a library's (an artifact must not choose what runs)."""
+    """The class an output had; None, for `Output`, where its library is absent."""
+    if path not in _CLASSES:
+        _CLASSES[path] = _import(path)
+    return _CLASSES[path]
+
+
+def _import(path: str) -> Any:
     module, _, name = path.partition(":")
-    if module.partition(".")[0] != "transformers":
+    if not module.startswith(_LIBRARY):
         return None
     try:
         cls = getattr(importlib.import_module(module), name, None)
     except ImportError:
         return None
-    return cls if isinstance(cls, type) and issubclass(cls, dict) and dataclasses.is_dataclass(cls) else None
+    return cls if _is_output(path, cls) else None
+
+
+# An artifact must not choose what runs: only output dataclasses of this library are made again.
+_LIBRARY = "transformers."
+
+
+def _is_output(path: str, cls: Any) -> bool:
+    is_output = isinstance(cls, type) and issubclass(cls, dict) and dataclasses.is_dataclass(cls)
+    return is_output and path.startswith(_LIBRARY)

@@ -14,7 +14,7 @@ torch.set_num_threads(1)
 settings.register_profile(
     "dwindle",
     deadline=None,
-    max_examples=1500,
+    max_examples=60,
     derandomize=bool(os.environ.get("CI")),
     suppress_health_check=[HealthCheck.too_slow],
 )

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from dwindle.runtime import numerics
+from dwindle.runtime import compat, numerics
 from dwindle.runtime.ops.catalog import OPS, SIMULATED, by_overload
 from dwindle.runtime.ops.operator import NAMESPACE, Kernel, Operator
 from dwindle.runtime.ops.qconv2d import QCONV2D
@@ -197,6 +197,28 @@ def test_weight_only_against_float64(scheme: Scheme, columns: int, dtype: torch.
         assert_close(found, expected, "kernel")
         assert torch.equal(found, QLINEAR_WEIGHT_ONLY.reference(x, *args))
         assert_close(ops.qlinear_weight_only(strided(x), *args), expected, "kernel")
+
+
+def layouts(x: Tensor) -> list[Tensor]:
+    """`x` and some of `x`'s values in strides that a view can have; a dimension of 1 may have any."""
+    rows, columns = x.shape
+    found = [x, strided(x), x.t().clone(memory_format=torch.contiguous_format).t(), torch.cat((x, x), 1)[:, :columns]]
+    found.append(x[:1].expand(rows, columns))
+    if rows == 1:
+        found += [x.as_strided((1, columns), (stride, 1)) for stride in (0, 1, 2, columns)]
+    if columns == 1:
+        found += [x.as_strided((rows, 1), (1, stride)) for stride in (0, 1, rows)]
+    return found
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 17])
+@pytest.mark.parametrize("m", [0, 1, 2, 17])
+def test_integer_products_are_exact_in_every_layout(m: int, k: int) -> None:
+    for n in (1, 2, 17):
+        for a, w in itertools.product(layouts(int8(m, k)), layouts(int8(n, k, seed=1))):
+            expected = a.int() @ w.int().t()
+            assert torch.equal(compat.int_mm(a, w.t()), expected)
+            assert torch.equal(compat.int_mm(a, w.t().contiguous()), expected)
 
 
 # Embedding and plain dequantising

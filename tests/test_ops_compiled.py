@@ -142,6 +142,28 @@ def test_compiled_ties_round_as_in_eager() -> None:
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize(
+    ("dynamic", "shapes"),
+    [
+        (True, [(1, 1, 12), (5, 1)]),
+        pytest.param(True, [(1, 12), (2, 3, 12), (1, 1, 1)], marks=pytest.mark.slow),
+        pytest.param(False, [(1, 1, 12), (5, 1), (1, 12), (2, 3, 12), (1, 1, 1)], marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_linear_on_one_row_and_one_column(dynamic: bool, shapes: list[tuple[int, ...]]) -> None:
+    """Where a dimension is 1 its stride may be anything, which torch._int_mm on CPU does not bear."""
+
+    def linear(x: Tensor, q: tuple[Tensor, Tensor, None]) -> Tensor:
+        return ops.qlinear(*ops.quantize_dynamic(x, "token"), *q, None, W8.spell(), torch.float32)
+
+    compiled = torch.compile(linear, dynamic=dynamic, fullgraph=True)
+    for shape in shapes:
+        q = QTensor.quantize(random(5, shape[-1]), W8)
+        args = (random(*shape), (q.codes, q.scale, None))
+        assert_close(compiled(*args), linear(*args), "kernel")
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
 def test_compiled_fake_quantize_equals_eager() -> None:
     def faked(x: Tensor) -> list[Tensor]:
         return [ops.fake_quantize(x, None, None, s.spell()) for s in (W8, W4, A4)]
@@ -162,16 +184,16 @@ def test_compiled_operators_are_close_to_eager(schemes: tuple[Scheme, ...]) -> N
     def everything(x: Tensor, ids: Tensor, image: Tensor, weights: list[Any]) -> list[Tensor]:
         codes, s = ops.quantize_dynamic(x, "token")
         out = []
-        for q, scheme in zip(weights, schemes, strict=True):
-            out.append(ops.qlinear(codes, s, *q, None, scheme.spell(), torch.float32))
-            out.append(ops.qlinear_weight_only(x, *q, None, scheme.spell()))
-            out.append(ops.qembedding(ids, *q, 12, scheme.spell(), torch.float32))
+        for q, spelt in zip(weights, spellings, strict=True):
+            out.append(ops.qlinear(codes, s, *q, None, spelt, torch.float32))
+            out.append(ops.qlinear_weight_only(x, *q, None, spelt))
+            out.append(ops.qembedding(ids, *q, 12, spelt, torch.float32))
         pixels = ops.quantize_static(image, ONE, None)
         ones = [1, 1]
         out.append(ops.qconv2d(pixels, ONE, ZERO, kernel, ONE.expand(6), None, ones, ones, ones, 1, torch.float32))
         return out
 
-    kernel = int8(6, 3, 3, 4)
+    kernel, spellings = int8(6, 3, 3, 4), [s.spell() for s in schemes]
     compiled = torch.compile(everything, dynamic=True, fullgraph=True)
     weights = [packed(s) for s in schemes]
     for rows in (7, 33):

@@ -17,11 +17,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import onnx_ir as ir
 import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
@@ -29,9 +28,13 @@ from torch.nn import functional as F
 from ..errors import ExportError
 from ..ops.catalog import by_overload
 from ..ops.qlinear import dequantize_packed
+from ..ops.quantize import QUANTIZE_DYNAMIC, QUANTIZE_STATIC
 from ..program import Program
 from ..scheme import Scheme
 from .translations import SITE
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 PROVIDERS = {"cpu": "CPUExecutionProvider"}
 
@@ -99,37 +102,47 @@ class Probe:
 
     path: Path
     sites: Mapping[str, tuple[str, ...]]
+    constants: Mapping[str, Tensor]
 
     @staticmethod
     def write(model: ir.Model, path: Path) -> Probe:
         """Save `model` with its sites' values among the outputs; `model` is as before."""
+        import onnx_ir as ir
+
         outputs = list(model.graph.outputs)
         sites: dict[str, tuple[str, ...]] = {}
+        constants: dict[str, Tensor] = {}
         for node in model.graph:
             if SITE not in node.metadata_props:
                 continue
-            linear = node.op_type == "QuantizeLinear"
-            values = [node.outputs[0], node.inputs[1], node.inputs[2]] if linear else list(node.outputs)
-            sites[node.metadata_props[SITE]] = tuple(str(v.name) for v in values if v is not None)
-            model.graph.outputs.extend(v for v in values if v is not None and v not in model.graph.outputs)
+            taken = (*node.outputs, *node.inputs[1:3]) if node.op_type == "QuantizeLinear" else node.outputs
+            values = [value for value in taken if value is not None]
+            sites[node.metadata_props[SITE]] = tuple(str(value.name) for value in values)
+            for value in values:
+                if value.const_value is not None:
+                    constants[str(value.name)] = torch.from_numpy(value.const_value.numpy().copy())
+                elif value not in model.graph.outputs:
+                    model.graph.outputs.append(value)
         # Above 2 GiB only as external data, and here it does not matter otherwise.
         ir.save(model, path, external_data=f"{path.name}.data")
         del model.graph.outputs[len(outputs) :]
-        return Probe(path, sites)
+        return Probe(path, sites, constants)
+
+    def values(self, outputs: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
+        """What each site has, from a run's outputs."""
+        known = {**self.constants, **outputs}
+        return {site: tuple(known[name] for name in names) for site, names in self.sites.items()}
 
 
-@dataclass
 class _OnOrtCodes(fx.Interpreter):
-    """Runs a Program's graph with the values of a probe in place of its own roundings; products in fp32."""
+    """Runs a Program's graph with the values of a probe in place of its own roundings; products in fp32.
 
-    module: fx.GraphModule
-    sites: Mapping[str, tuple[Tensor, ...]]
-    step: float = 0.0
-    product: float = 0.0
-    where: dict[str, str] = field(default_factory=dict)
+    step: the most that a code was off beyond rounding, in steps; product: the largest error of a MatMulNBits
+    """
 
-    def __post_init__(self) -> None:
-        super().__init__(self.module)
+    def __init__(self, module: fx.GraphModule, sites: Mapping[str, tuple[Tensor, ...]]) -> None:
+        super().__init__(module)
+        self.sites, self.step, self.product = sites, 0.0, 0.0
 
     def run_node(self, n: fx.Node) -> Any:
         """As in fx, but for our operators."""
@@ -141,23 +154,35 @@ class _OnOrtCodes(fx.Interpreter):
         return form(n.name, *args)
 
     def _quantize_dynamic(self, name: str, x: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
+        if name not in self.sites:  # merged with an equal one
+            codes, scale = QUANTIZE_DYNAMIC.reference(x, granularity)
+            return codes * scale, torch.ones(())
         return self._rounded(name, x), torch.ones(())
 
     def _quantize_static(self, name: str, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        if name not in self.sites:
+            codes = QUANTIZE_STATIC.reference(x, scale, zero)
+            return (codes - (0 if zero is None else zero)) * scale
         return self._rounded(name, x)
 
     def _rounded(self, name: str, x: Tensor) -> Tensor:
-        if name not in self.sites:  # merged with an equal one
-            name = next(site for site, other in self.where.items() if other == name)
         codes, scale, zero = self.sites[name]
-        low, high = (0 - zero.float()) * scale, (255 - zero.float()) * scale
-        values = (codes.float() - zero.float()) * scale
+        z = zero.float()
+        low, high, values = -z * scale, (255 - z) * scale, (codes.float() - z) * scale
         inside = torch.minimum(torch.maximum(x.float(), low), high)
         self.step = max(self.step, float(((inside - values).abs() / scale).max()) - 0.5)
         return values
 
     def _qlinear(
-        self, name: str, x: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, zero: Any, bias: Any, *rest: Any
+        self,
+        name: str,
+        x: Tensor,
+        scale: Tensor,
+        weight: Tensor,
+        weight_scale: Tensor,
+        zero: Any,
+        bias: Any,
+        *rest: Any,
     ) -> Tensor:
         scheme, dtype = rest
         return self._product(name, x, weight, weight_scale, zero, bias, scheme).to(dtype)
@@ -191,7 +216,8 @@ class _OnOrtCodes(fx.Interpreter):
     ) -> Tensor:
         *window, dtype = rest
         w = weight.permute(0, 3, 1, 2).float() * weight_scale.reshape(-1, 1, 1, 1)
-        return F.conv2d(x, w, bias, *window).to(dtype)
+        y: Tensor = F.conv2d(x, w, bias, *window).to(dtype)
+        return y
 
 
 def check(
@@ -203,12 +229,10 @@ def check(
     """
     probed, shipped = session(probe.path), session(path)
     names, worst = [i.name for i in program.contract.inputs], 0.0
-    constants = _constants(probe.path)
     for tensors in batches:
         shapes = ", ".join(f"{n} {list(t.shape)}" for n, t in zip(names, tensors, strict=True))
-        values = {**constants, **run(probed, names, tensors)}
-        sites = {site: tuple(values[name] for name in taken) for site, taken in probe.sites.items()}
-        interpreter = _OnOrtCodes(program.module, sites)
+        values = run(probed, names, tensors)
+        interpreter = _OnOrtCodes(program.module, probe.values(values))
         with torch.no_grad():
             expected = interpreter.run(*tensors)
         _require("a quantisation", interpreter.step, STEP_LIMIT, shapes)
@@ -230,7 +254,3 @@ def _require(what: str, found: float, limit: float, shapes: str) -> None:
             found=f"{found:.3g} on {shapes}",
             cure="report this with the model's config",
         )
-
-
-def _constants(path: Path) -> dict[str, Tensor]:
-    raise NotImplementedError(path)

@@ -67,5 +67,5 @@ def _bounds(program: Program) -> dict[str, int]:
             if user.target in tables:
                 index, table = tables[user.target]
                 if user.args[index] is node:
-                    bounds[spec.name] = user.args[table].meta["val"].shape[0]  # type: ignore[union-attr]  # a get_attr
+                    bounds[spec.name] = user.args[table].meta["val"].shape[0]
     return bounds

@@ -65,8 +65,7 @@ def export_onnx(
     with _quiet(), tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
         built = _build(program, precision, opset)
         probe = Probe.write(built, Path(folder) / "probe.onnx")
-        built.metadata_props.update(_properties(provider, precision, recipe))
-        written = _write(built, Path(folder) / path.name)
+        written = _write(built, Path(folder) / path.name, _properties(provider, precision, recipe))
         check(written, probe, program, output_names(program.contract), examples)
         for part in (_data(written), written):  # the model is last to appear
             if part.exists():
@@ -208,9 +207,13 @@ def _properties(provider: str, precision: str, recipe: Mapping[str, Any]) -> dic
     }
 
 
-def _write(model: Any, path: Path) -> Path:
+def _write(model: Any, path: Path, properties: Mapping[str, str]) -> Path:
     import onnx
     import onnx_ir as ir
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    ClearMetadataAndDocStringPass()(model)  # torch notes lines and paths of whoever exported
+    model.metadata_props.update(properties)
 
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     outside = size > EMBEDDED_BYTES
@@ -234,5 +237,3 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in levels:
             logger.setLevel(level)
-
-

@@ -119,7 +119,7 @@ def _replace(graph: ir.Graph, node: ir.Node, op_type: str, inputs: object, domai
 
 def _take_over(old: ir.Value, new: ir.Value, graph: ir.Graph) -> None:
     """`new` is read wherever `old` was, under its name where that is an output's."""
-    new.dtype, new.shape, new.type = old.dtype, old.shape, old.type
+    new.shape, new.type = old.shape, old.type
     if old.is_graph_output():
         new.name, old.name = old.name, None
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
@@ -130,7 +130,8 @@ def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     if known is not None:
         return known
     tensor = ir.tensor(np.ascontiguousarray(array), name=name)
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+    shape = ir.Shape(list(array.shape))
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
     graph.register_initializer(value)
     return value
 
@@ -154,6 +155,8 @@ def _heads_source(value: ir.Value | None) -> tuple[ir.Value, int] | None:
     if split is None or source is None or _rank(source) != 3 or _rank(split.outputs[0]) != 4:
         return None
     _, sequence, heads, width = split.outputs[0].shape  # type: ignore[misc]  # of rank 4
-    same = isinstance(heads, int) and isinstance(width, int) and source.shape[2] == heads * width  # type: ignore[index]
+    _, length, columns = source.shape  # type: ignore[misc]  # of rank 3
+    if not isinstance(heads, int) or not isinstance(width, int):
+        return None
     # Equal lengths: the reshape splits the last dimension alone.
-    return (source, heads) if same and source.shape[1] == sequence else None  # type: ignore[index]
+    return (source, heads) if columns == heads * width and length == sequence else None

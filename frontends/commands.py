@@ -1,0 +1,287 @@
+"""The shell: `dwindle compress | inspect | bench | demo`.
+
+    exit code 0   done
+              1   a DwindleError, shown as a panel with what was required, what was found and the cure
+              2   a command line that cannot be read
+
+Results go to the output stream, progress and errors to the error stream. torch is imported when a command runs,
+so that `dwindle --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+
+from ..runtime.errors import ArtifactError, DwindleError
+
+DEBUG = "dwindle.debug"
+
+
+class _Readable(TyperGroup):
+    """Shows a DwindleError as a panel, and its traceback only after --debug."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DwindleError as error:
+            if ctx.find_root().meta.get(DEBUG):
+                raise
+            Console(stderr=True).print(panel(error))
+            ctx.exit(1)
+
+
+def panel(error: DwindleError) -> Panel:
+    """An error as a person reads it."""
+    parts = Table.grid(padding=(0, 2))
+    parts.add_column(style="dim")
+    parts.add_column(overflow="fold")
+    for name in ("required", "found", "cure"):
+        value = getattr(error, name)
+        if value is not None:
+            parts.add_row(name, Text(str(value).strip()))
+    body = Group(Text(error.message), parts)
+    return Panel(body, title=type(error).__name__, title_align="left", border_style="red")
+
+
+app = typer.Typer(
+    cls=_Readable,
+    help="Make PyTorch models smaller and faster by rewriting their graphs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _debug(ctx: typer.Context, value: bool) -> bool:
+    if value:
+        ctx.find_root().meta[DEBUG] = True
+    return value
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise typer.BadParameter(f"{text!r} is not a list of positive numbers, such as 1,8")
+    return numbers
+
+
+def _version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        typer.echo(version("dwindle"))
+        raise typer.Exit
+
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A transformers directory, an artifact, or package.module:factory.")
+]
+RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="A preset's name, or a .json or .yaml file.")]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data", "-d", help="Calibration data: a text file, one text a line, or package.module:factory of batches."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print plain data instead of tables.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", callback=_debug)]
+Batches = Annotated[str, typer.Option("--batch", help="Batch sizes, by commas.")]
+Sequences = Annotated[str, typer.Option("--seq", help="Tokens in a row, by commas; left out for other models.")]
+
+
+@app.callback()
+def start(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Make PyTorch models smaller and faster by rewriting their graphs."""
+
+
+@app.command()
+def compress(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write: artifact and report.html.")],
+    recipe: RecipeName = "zeroquant-w8a8",
+    data: Data = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write model.onnx for ONNX Runtime too.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Compress a model after training, and save it with its report."""
+    require_free(out)
+    from .api import compress as compress_model
+    from .models import load_data, load_source
+    from .page import write_page
+    from .progress import steps
+    from .recipe import Recipe
+
+    parsed = Recipe.of(recipe)
+    with steps() as stage, _quiet_libraries():
+        with stage.step(f"Loading {model}"):
+            source = load_source(model)
+        batches = None if data is None else stage.track(load_data(data, source), "Calibrating")
+        with stage.step(f"Compressing with {parsed.name or recipe}"):
+            small = compress_model(source.model, parsed, inputs=source.inputs, data=batches)
+        with stage.step("Measuring latency"):
+            report = small.report()
+        with stage.step("Writing"):
+            small.save(out)
+            write_page(report, out / "report.html", title=source.name)
+        if onnx:
+            with stage.step("Exporting to ONNX"):
+                small.export_onnx(out / "model.onnx", provider="cpu")
+    _show(as_json, report.to_json, report, f"Wrote {out}{os.sep}")
+
+
+@app.command()
+def inspect(model: Model, recipe: RecipeName = "zeroquant-w8a8", as_json: AsJson = False, debug: Debug = False) -> None:
+    """Show what an artifact is, or what a recipe would do to a model."""
+    from .models import is_artifact, load_source
+    from .progress import steps
+
+    if is_artifact(model):
+        from ..runtime.artifact import load
+
+        small = load(model)
+        files = {file.name: file.stat().st_size for file in sorted(Path(model).iterdir()) if file.is_file()}
+        plain = {"variants": small.describe_variants(), "files": files, **small.report().to_json()}
+        _show(as_json, lambda: plain, small.report(), _facts(small.describe_variants(), files))
+        return
+    from .survey import survey
+
+    with steps() as stage, _quiet_libraries():
+        with stage.step(f"Loading {model}"):
+            source = load_source(model)
+        with stage.step("Capturing"):
+            found = survey(source.model, recipe, source.inputs)
+    _show(as_json, found.to_json, found)
+
+
+@app.command()
+def bench(
+    model: Model,
+    recipe: RecipeName = "zeroquant-w8a8",
+    data: Data = None,
+    batch: Batches = "1,8",
+    seq: Sequences = "16,128",
+    seconds: Annotated[float, typer.Option(min=0.01, help="How long to time each form at each shape.")] = 1.5,
+    compiled: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Time torch.compile of both too; minutes for large models.")
+    ] = True,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Time the original, the compressed model, and torch.compile of both, taking turns."""
+    batches, sequences = _numbers(batch), _numbers(seq)
+    import torch
+
+    from .api import compress as compress_model
+    from .bench import bench as measure
+    from .inputs import as_arguments
+    from .models import load_data, load_source
+    from .progress import steps
+    from .recipe import Recipe
+
+    parsed = Recipe.of(recipe)
+    with steps() as stage, _quiet_libraries():
+        with stage.step(f"Loading {model}"):
+            source = load_source(model)
+        calibration = None if data is None else stage.track(load_data(data, source), "Calibrating")
+        with stage.step(f"Compressing with {parsed.name or recipe}"):
+            small = compress_model(source.model, parsed, inputs=source.inputs, data=calibration)
+        contenders: dict[str, Callable[..., Any]] = {"eager": source.model, "compressed": small}
+        if compiled:
+            contenders |= {
+                "eager, torch.compile": torch.compile(source.model),
+                "compressed, torch.compile": torch.compile(small),
+            }
+        with stage.step("Timing") as advance:
+            arguments = as_arguments(source.model, source.inputs)
+            found = measure(
+                contenders,
+                arguments,
+                batches=batches,
+                sequences=sequences,
+                seconds=seconds,
+                may_fail=tuple(contenders)[2:],
+                progress=advance,
+            )
+    c = small.certificate
+    plain = {"recipe": parsed.plain(), "bytes_before": c.bytes_before, "bytes_after": c.bytes_after, **found.to_json()}
+    _show(as_json, lambda: plain, found)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")] = Path("dwindle-demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer documents: less than a minute on two cores.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Compress a sentence encoder and see what it costs in answers found, on real data."""
+    require_free(out)
+    from .demo import run_demo
+
+    with _quiet_libraries():
+        figures = run_demo(out, quick=quick)
+    _show(as_json, figures.to_json, figures)
+
+
+def require_free(path: Path) -> None:
+    """Refuse an existing output before the work, not after. Raises ArtifactError."""
+    if os.path.lexists(path):
+        raise ArtifactError(
+            "cannot write over something that is there",
+            required="a path that does not exist",
+            found=str(path),
+            cure="remove it, or choose another path with --out",
+        )
+
+
+def _facts(variants: list[str], files: Mapping[str, int]) -> Table:
+    from ..runtime.report import size
+
+    table = Table(title="Serves", title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2))
+    for variant in variants:
+        table.add_row("variant", Text(variant))
+    for name, count in files.items():
+        table.add_row("file", Text(f"{name}, {size(count)}"))
+    return table
+
+
+def _show(as_json: bool, plain: Callable[[], Any], *shown: Any) -> None:
+    if as_json:
+        typer.echo(json.dumps(plain(), indent=1, default=str))
+        return
+    console = Console()
+    for part in shown:
+        console.print(part)
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """torch and transformers warn of matters that are theirs; with -W given, or --debug, nothing is hidden."""
+    import warnings
+
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        yield
