@@ -9,6 +9,7 @@ Inputs are the example's, repeated or cut to the batch and sequence asked for; w
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -76,7 +77,7 @@ class Bench:
         if sequences:
             table.add_column("tokens", justify="right")
         table.add_column("", overflow="fold")
-        for name in ("p50", "p95", "speedup", "first call, s"):
+        for name in ("p50", "p95", "speedup", "first, s"):
             table.add_column(name, justify="right", no_wrap=True)
         for i, t in enumerate(self.timings):
             last = i + 1 == len(self.timings) or _shape(self.timings[i + 1]) != _shape(t)
@@ -111,12 +112,13 @@ def bench(
         sequences = (None,)
     shapes = [(batch, sequence) for batch in batches for sequence in sequences]
     timings: list[Timing] = []
+    busy = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"  # latencies of a busy machine mean little
     for done, (batch, sequence) in enumerate(shapes):
         if progress is not None:
             progress(done, len(shapes))
         call = shaped(arguments, batch, sequence)
         timings += _at(contenders, call, batch, sequence or _tokens(named, call), seconds, may_fail)
-    return Bench(tuple(timings), machine())
+    return Bench(tuple(timings), f"{machine()}, {busy}")
 
 
 def shaped(arguments: Mapping[str, Any], batch: int, sequence: int | None) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from .progress import Steps, steps
 from .retrieval import embed, paired_difference, retrieval_scores
 
 RECIPE = "zeroquant-w8a8"
-FLOAT, OURS, ONNX = "fp32, eager", "int8, dwindle", "int8, ONNX Runtime"
+FLOAT, OURS, ONNX = "fp32 eager", "int8 dwindle", "int8 ONNX Runtime"
 DOCUMENTS, QUICK_DOCUMENTS = 500, 200
 TOKENS = 128
 SECONDS, QUICK_SECONDS = 3.0, 1.0
@@ -98,13 +98,13 @@ class DemoFigures:
 
     def _quality(self) -> Table:
         table = _table(f"Headline -> body, {self.documents} BBC articles")
-        for name in ("acc@1", "MRR", "MRR against fp32", "95 % interval", "cosine to fp32"):
-            table.add_column(name, justify="right")
+        for name in ("acc@1", "MRR", "less fp32", "95 % interval", "cosine"):
+            table.add_column(name, justify="right", no_wrap=True)
         for q in self.qualities:
             cells = ["", "", ""]
             if q.difference is not None:
                 mean, (low, high) = q.difference
-                cells = [f"{mean:+.4f}", f"{low:+.4f} to {high:+.4f}", f"{q.cosine:.5f}"]
+                cells = [f"{mean:+.4f}", f"{low:+.4f} .. {high:+.4f}", f"{q.cosine:.5f}"]
             table.add_row(q.form, f"{q.acc_at_1:.3f}", f"{q.mrr:.4f}", *cells)
         return table
 
@@ -235,5 +235,5 @@ def _measured(latency: Bench) -> dict[str, Any]:
 
 def _table(title: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     return table

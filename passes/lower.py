@@ -43,6 +43,11 @@ ASYMMETRIC_SHIFT = 128
 CODES = "dwindle_codes"
 
 
+def corrected_bias_name(fqn: str) -> str:
+    """Where the bias of the call on parameter `fqn` is stored with its activation's zero point folded in."""
+    return f"{fqn}_corrected_bias"
+
+
 def lower(program: Program, edits: tuple[Quantize, ...], target: Store) -> Program:
     """The program on `target` with its weights packed, and every call fused that has an integer form.
 
@@ -199,7 +204,7 @@ def _corrected_bias(program: Program, found: Match) -> fx.Node | None:
     if found["xz"] is None:
         return bias
     fqn = str(found["codes"].target).removesuffix(".codes")
-    name = f"{fqn}_corrected_bias"
+    name = corrected_bias_name(fqn)
     if program.store.get(name) is None:
         qtensor, scale = program.store.get(fqn), program.store.get(str(found["xs"].target))
         zero = program.store.get(str(found["xz"].target))

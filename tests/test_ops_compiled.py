@@ -178,9 +178,14 @@ def test_compiled_fake_quantize_equals_eager() -> None:
 
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize(
-    "schemes", [pytest.param((A4,), id="4 bits"), pytest.param(SCHEMES, id="all", marks=pytest.mark.slow)]
+    ("schemes", "convolution"),
+    [
+        pytest.param((A4,), False, id="4 bits"),
+        pytest.param((), True, id="convolution", marks=pytest.mark.slow),
+        pytest.param(SCHEMES, True, id="all", marks=pytest.mark.slow),
+    ],
 )
-def test_compiled_operators_are_close_to_eager(schemes: tuple[Scheme, ...]) -> None:
+def test_compiled_operators_are_close_to_eager(schemes: tuple[Scheme, ...], convolution: bool) -> None:
     def everything(x: Tensor, ids: Tensor, image: Tensor, weights: list[Any]) -> list[Tensor]:
         codes, s = ops.quantize_dynamic(x, "token")
         out = []
@@ -188,9 +193,9 @@ def test_compiled_operators_are_close_to_eager(schemes: tuple[Scheme, ...]) -> N
             out.append(ops.qlinear(codes, s, *q, None, spelt, torch.float32))
             out.append(ops.qlinear_weight_only(x, *q, None, spelt))
             out.append(ops.qembedding(ids, *q, 12, spelt, torch.float32))
-        pixels = ops.quantize_static(image, ONE, None)
-        ones = [1, 1]
-        out.append(ops.qconv2d(pixels, ONE, ZERO, kernel, ONE.expand(6), None, ones, ones, ones, 1, torch.float32))
+        if convolution:
+            pixels, ones = ops.quantize_static(image, ONE, None), [1, 1]
+            out.append(ops.qconv2d(pixels, ONE, ZERO, kernel, ONE.expand(6), None, ones, ones, ones, 1, torch.float32))
         return out
 
     kernel, spellings = int8(6, 3, 3, 4), [s.spell() for s in schemes]

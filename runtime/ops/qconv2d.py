@@ -42,7 +42,7 @@ def _reference(
     else:
         w = weight.permute(0, 3, 1, 2).float()
         y = F.conv2d(x.permute(0, 3, 1, 2).float(), w, None, stride, 0, dilation, groups)
-        acc = y.permute(0, 2, 3, 1)
+        acc = y.permute(0, 2, 3, 1).contiguous()  # 1x1 filters keep an NCHW input's layout
     y = acc.float() * scale * weight_scale
     return (y if bias is None else y + bias).to(dtype).permute(0, 3, 1, 2)
 
