@@ -49,7 +49,9 @@ def dwindle_backend(
     return _quantized(module, graph, example_inputs, recipe, inner)
 
 
-def _options(options: Mapping[str, Any]) -> tuple[Recipe, Callable[[fx.GraphModule, Sequence[Any]], Any]]:
+def _options(
+    options: Mapping[str, Any],
+) -> tuple[Recipe, Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]]:
     settings = {**DEFAULTS, **options}
     unknown = set(settings) - set(DEFAULTS)
     if unknown or settings["inner"] not in INNER:

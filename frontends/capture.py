@@ -11,10 +11,11 @@ import contextlib
 import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import HigherOrderOperator
 from torch._dynamo.exc import UserError
 from torch.export import Dim
 from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
@@ -50,7 +51,7 @@ def capture(
     candidates = guess_dynamic(widened)
     if dynamic_shapes is not None:
         candidates = [{name: dims for name, dims in dynamic_shapes.items() if name in widened}]
-    with _mode(model, training):
+    with in_mode(model, training):
         exported, dims = _export(model, widened, candidates)
     module = exported.module()
     graph, output = _flat_graph(module, store)
@@ -85,7 +86,8 @@ def _widen(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """All of `model` in one mode; every module's own flag is put back."""
     flags = {module: module.training for module in model.modules()}
     model.train(training)
     try:
@@ -189,7 +191,7 @@ _REGIONS = {
 
 
 def _inline(node: fx.Node, graph: fx.Graph, values: dict[fx.Node, Any], store: Store) -> Any:
-    position = _REGIONS[node.target]
+    position = _REGIONS[cast(HigherOrderOperator, node.target)]
     body = values[node.args[position]]  # type: ignore[index]  # a node by construction
     inner: dict[fx.Node, Any] = {}
     arguments = iter(node.args[position + 1 :])

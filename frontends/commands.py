@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console, Group
@@ -25,7 +25,10 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-from ..runtime.errors import ArtifactError, DwindleError
+from ..runtime.errors import ArtifactError, CalibrationError, DwindleError
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
 
 DEBUG = "dwindle.debug"
 
@@ -134,8 +137,9 @@ def compress(
     from .recipe import Recipe
 
     parsed = Recipe.of(recipe)
+    _require_data(parsed, data)
     with steps() as stage, _quiet_libraries():
-        with stage.step(f"Loading {model}"):
+        with stage.step(f"Loading {Path(model).name}"):
             source = load_source(model)
         batches = None if data is None else stage.track(load_data(data, source), "Calibrating")
         with stage.step(f"Compressing with {parsed.name or recipe}"):
@@ -148,7 +152,7 @@ def compress(
         if onnx:
             with stage.step("Exporting to ONNX"):
                 small.export_onnx(out / "model.onnx", provider="cpu")
-    _show(as_json, report.to_json, report, f"Wrote {out}{os.sep}")
+    _show(as_json, report.to_json, report, Text(f"Wrote {out}{os.sep}"))
 
 
 @app.command()
@@ -168,7 +172,7 @@ def inspect(model: Model, recipe: RecipeName = "zeroquant-w8a8", as_json: AsJson
     from .survey import survey
 
     with steps() as stage, _quiet_libraries():
-        with stage.step(f"Loading {model}"):
+        with stage.step(f"Loading {Path(model).name}"):
             source = load_source(model)
         with stage.step("Capturing"):
             found = survey(source.model, recipe, source.inputs)
@@ -201,8 +205,9 @@ def bench(
     from .recipe import Recipe
 
     parsed = Recipe.of(recipe)
+    _require_data(parsed, data)
     with steps() as stage, _quiet_libraries():
-        with stage.step(f"Loading {model}"):
+        with stage.step(f"Loading {Path(model).name}"):
             source = load_source(model)
         calibration = None if data is None else stage.track(load_data(data, source), "Calibrating")
         with stage.step(f"Compressing with {parsed.name or recipe}"):
@@ -253,6 +258,17 @@ def require_free(path: Path) -> None:
             required="a path that does not exist",
             found=str(path),
             cure="remove it, or choose another path with --out",
+        )
+
+
+def _require_data(recipe: Recipe, data: str | None) -> None:
+    """Ask for calibration data before the work. Raises CalibrationError."""
+    if data is None and any(rule.static for rule in recipe.rules()):
+        raise CalibrationError(
+            f"the recipe {recipe.name or 'given'} has static activations",
+            required="calibration data",
+            found="none",
+            cure="give --data, or a recipe with dynamic activations such as zeroquant-w8a8",
         )
 
 

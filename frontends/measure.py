@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.compressed import Compressed
+from .capture import in_mode
 
 BATCHES = (1, 8)
 SECONDS_EACH = 1.0
@@ -20,30 +21,34 @@ LEAST_RUNS, MOST_RUNS = 5, 200
 
 def measure(model: nn.Module, compressed: Compressed, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """p50 and p95 of both models in seconds at each batch size, calls interleaved; and what machine it was."""
-    rows = []
-    was_training = model.training
-    model.eval()
-    try:
-        for batch in BATCHES:
-            call = {name: _batched(value, batch) for name, value in arguments.items()}
-            eager, ours = _interleaved(lambda c=call: model(**c), lambda c=call: compressed(**c))
-            rows.append(
-                {
-                    "batch": batch,
-                    "eager_p50": _quantile(eager, 0.5),
-                    "eager_p95": _quantile(eager, 0.95),
-                    "p50": _quantile(ours, 0.5),
-                    "p95": _quantile(ours, 0.95),
-                }
-            )
-    finally:
-        model.train(was_training)
+    with in_mode(model, False):
+        rows = [
+            _row(model, compressed, batch, {name: _batched(value, batch) for name, value in arguments.items()})
+            for batch in _batches(compressed)
+        ]
     return {"latency": rows, "machine": machine()}
 
 
 def machine() -> str:
     """Processor, threads and versions, as one line."""
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def _batches(compressed: Compressed) -> tuple[int, ...]:
+    """BATCHES, or the one batch size that a static capture serves."""
+    fixed = {s.shape[0] for c in compressed.contracts[:1] for s in c.inputs if s.shape and isinstance(s.shape[0], int)}
+    return tuple(size for size in fixed if isinstance(size, int))[:1] or BATCHES
+
+
+def _row(model: nn.Module, compressed: Compressed, batch: int, call: Mapping[str, Any]) -> dict[str, float]:
+    eager, ours = _interleaved(lambda: model(**call), lambda: compressed(**call))
+    return {
+        "batch": batch,
+        "eager_p50": _quantile(eager, 0.5),
+        "eager_p95": _quantile(eager, 0.95),
+        "p50": _quantile(ours, 0.5),
+        "p95": _quantile(ours, 0.95),
+    }
 
 
 def _batched(value: Any, batch: int) -> Any:

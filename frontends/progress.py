@@ -36,7 +36,12 @@ class Steps:
         def advance(done: int, total: int) -> None:
             self._progress.update(task, completed=done, total=total)
 
-        yield advance
+        try:
+            yield advance
+        except BaseException:
+            self._progress.update(task, description=f"{name}: stopped")
+            self._progress.stop_task(task)
+            raise
         total = self._progress.tasks[task].total or 1
         self._progress.update(task, completed=total, total=total)
 
@@ -53,6 +58,11 @@ class Steps:
 def steps(*, quiet: bool = False) -> Iterator[Steps]:
     """Show steps until the block ends; quiet shows none."""
     console = Console(file=sys.stderr)
-    columns = (SpinnerColumn(finished_text="✓"), TextColumn("{task.description}"), BarColumn(24), _Count())
+    columns = (
+        SpinnerColumn(finished_text="✓"),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(24),
+        _Count(),
+    )
     with Progress(*columns, TimeElapsedColumn(), console=console, disable=quiet) as progress:
         yield Steps(progress)

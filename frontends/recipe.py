@@ -102,8 +102,8 @@ class Calibration(_Strict):
     """How the ranges of static activations are taken from data."""
 
     method: Method = "mse"
-    momentum: float = Field(0.9, ge=0, lt=1)
-    percentile: float = Field(99.99, gt=50, le=100)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    percentile: float = Field(default=99.99, gt=50, le=100)
 
     def observer(self) -> Observer:
         """A fresh accumulator."""

@@ -20,7 +20,7 @@ from ..runtime import numerics
 from ..runtime.layout import pack
 from ..runtime.plan import Quantize
 from ..runtime.program import Entry
-from ..runtime.report import MOST_ROWS, block_of, size, spoken
+from ..runtime.report import MOST_ROWS, WIDE, block_of, size, spoken
 from ..runtime.scheme import Scheme
 from ..runtime.store import Store
 from .api import RecipeSource
@@ -58,7 +58,11 @@ class Survey:
         return asdict(self)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield _table("Sites", self.rows) if len(self.rows) <= MOST_ROWS else _by_block(self.rows)
+        yield (
+            _table("Sites", self.rows, options.max_width >= WIDE)
+            if len(self.rows) <= MOST_ROWS
+            else _by_block(self.rows)
+        )
         refused = [row for row in self.rows if row.reason]
         if refused:
             table = Table("layer", "reason", box=box.SIMPLE_HEAD, title="Left as they are", **_TITLE)
@@ -127,22 +131,19 @@ def _packed_bytes(shape: tuple[int, ...], scheme: Scheme) -> int:
     return codes.numel() * codes.element_size() + 4 * scales
 
 
-def _table(title: str, rows: Sequence[Row]) -> Table:
+def _table(title: str, rows: Sequence[Row], wide: bool) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title=title, **_TITLE)
-    for name in ("layer", "operator", "shape", "weight", "activation"):
+    for name in ("layer", "operator", "shape", "activation") if wide else ("layer",):
         table.add_column(name, overflow="fold")
+    table.add_column("weight", no_wrap=True)
     for name in ("before", "after"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(
-            row.name.removesuffix(".weight"),
-            row.operator,
-            " x ".join(map(str, row.shape)),
-            spoken(row.scheme) if row.scheme else "as it is",
-            spoken(row.activation) if row.activation else "",
-            size(row.bytes_before),
-            size(row.bytes_after),
-        )
+        shape, activation = " x ".join(map(str, row.shape)), spoken(row.activation) if row.activation else ""
+        more = [row.operator, shape, activation] if wide else []
+        weight = spoken(row.scheme) if row.scheme else "as it is"
+        name = row.name.removesuffix(".weight")
+        table.add_row(name, *more, weight, size(row.bytes_before), size(row.bytes_after))
     return table
 
 

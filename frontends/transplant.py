@@ -19,8 +19,9 @@ from ..runtime.qtensor import QTensor
 from ..runtime.structure import flatten
 from .inputs import as_arguments
 
-# Module and graph call the same operators on the same codes; what is left are the approximate rewrites, where
-# one rounding may flip a code. Measured 0 on bert and llama, 2e-3 on GPT-2, whose addmm became a linear.
+# Module and graph call the same operators on the same codes: measured exactly 0 on all tiny models, dynamic and
+# static. Room is left for layers that stay floating point and round otherwise (addmm against linear), since one
+# rounding may flip a code.
 LIMIT = 2e-2
 
 
@@ -101,9 +102,7 @@ def _linear(
     zero = zero - ASYMMETRIC_SHIFT if zero is not None else None
     corrected = small.store.get(corrected_bias_name(edit.fqn))
     bias = corrected if isinstance(corrected, Tensor) else bias
-    return QuantizedLinear(
-        weight, bias, activation=granularity, dtype=dtype, input_scale=scale, input_zero_point=zero
-    )
+    return QuantizedLinear(weight, bias, activation=granularity, dtype=dtype, input_scale=scale, input_zero_point=zero)
 
 
 def _verify(small: GraphModel, copied: nn.Module, model: nn.Module, inputs: Any) -> None:
@@ -120,5 +119,3 @@ def _verify(small: GraphModel, copied: nn.Module, model: nn.Module, inputs: Any)
             found=f"{delta.relative:.3g}",
             cure="some module reads its weight itself; leave it out in the recipe",
         )
-
-

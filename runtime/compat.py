@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -99,8 +99,7 @@ def inductor(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any
     """Compile a graph of ATen calls for `inputs`, with gradients where they need any."""
     from torch._inductor.compile_fx import compile_fx
 
-    compiled: Callable[..., Any] = compile_fx(module, list(inputs))
-    return compiled
+    return cast(Callable[..., Any], compile_fx(module, list(inputs)))
 
 
 def version_of(tensor: Tensor) -> int:

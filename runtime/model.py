@@ -105,7 +105,7 @@ class GraphModel(nn.Module):
         program.contract.check(tensors)
         return rebuild(program.contract.output, program.module(*tensors))
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
     def _capture(self, training: bool, structure: Structure, arguments: Mapping[str, Any]) -> Program:
         if self._grow is None:
             given = ", ".join(structure["items"])

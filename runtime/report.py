@@ -26,7 +26,7 @@ from .scheme import Scheme
 PRINTED_WIDTH = 110
 MOST_ROWS = 16  # more layers are shown by block, more blocks by kind
 WORST = 5
-NARROW = 80  # columns; below, tables leave out what can be done without
+WIDE, NARROW = 100, 64  # columns; tables of layers leave out what can be done without below each
 
 
 @dataclass(frozen=True)
@@ -133,15 +133,15 @@ class Report:
         return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        narrow = options.max_width < NARROW
+        width, narrow = options.max_width, options.max_width < NARROW
         yield self._summary()
-        yield from self._layers(narrow)
+        yield from self._layers(width)
         if self.services:
             yield self._services()
         if self.measured.get("latency"):
             yield self._latency(narrow)
         if self.refusals:
-            yield self._refusals(narrow)
+            yield self._refusals()
 
     def _summary(self) -> Table:
         c = self.certificate
@@ -157,10 +157,11 @@ class Report:
             table.add_row("on disk", str(self.measured["disk"]))
         return table
 
-    def _layers(self, narrow: bool) -> Iterator[Table]:
+    def _layers(self, width: int) -> Iterator[Table]:
+        narrow = width < NARROW
         changed = [layer for layer in self.layers if layer.operator or is_quantized(layer)]
         if len(changed) <= MOST_ROWS:
-            yield _layer_table("Quantised layers", changed, narrow)
+            yield _layer_table("Quantised layers", changed, width)
             return
         blocks = self.blocks
         if len(blocks) > MOST_ROWS:
@@ -177,7 +178,7 @@ class Report:
         yield table
         worst = sorted((layer for layer in changed if layer.error is not None), key=lambda layer: -(layer.error or 0.0))
         if worst:
-            yield _layer_table("Layers with the largest errors", worst[:WORST], narrow)
+            yield _layer_table("Layers with the largest errors", worst[:WORST], width)
 
     def _services(self) -> Table:
         table = _table("What runs")
@@ -202,7 +203,7 @@ class Report:
             table.add_row(str(row["batch"]), *times, f"{row['p50'] / row['eager_p50']:.2f}")
         return table
 
-    def _refusals(self, narrow: bool) -> Table:
+    def _refusals(self) -> Table:
         table = _table("Declined, and why")
         for name in ("rule", "reason"):
             table.add_column(name, overflow="fold")
@@ -283,18 +284,21 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _layer_table(title: str, layers: Iterable[Layer], narrow: bool) -> Table:
+def _layer_table(title: str, layers: Iterable[Layer], width: int) -> Table:
     table = _table(title)
     table.add_column("layer", overflow="fold")
-    if not narrow:
-        table.add_column("stored as", overflow="fold")
+    if width >= NARROW:
+        table.add_column("stored as", no_wrap=True)
+    if width >= WIDE:
         table.add_column("kernel", overflow="fold")
         table.add_column("before", justify="right", no_wrap=True)
     for name in ("after", "error"):
         table.add_column(name, justify="right", no_wrap=True)
     for layer in layers:
-        wide = [] if narrow else [spoken(layer.scheme), layer.kernel, size(layer.bytes_before)]
-        table.add_row(layer.name.removesuffix(".weight"), *wide, size(layer.bytes_after), _error(layer.error))
+        cells = [layer.name.removesuffix(".weight")]
+        cells += [spoken(layer.scheme)] if width >= NARROW else []
+        cells += [layer.kernel, size(layer.bytes_before)] if width >= WIDE else []
+        table.add_row(*cells, size(layer.bytes_after), _error(layer.error))
     return table
 
 

@@ -52,7 +52,7 @@ class Store(nn.Module):
         *path, leaf = name.split(".")
         owner: nn.Module = self
         for part in path:
-            owner = owner._modules.setdefault(part, nn.Module())  # type: ignore[assignment]  # None is never stored
+            owner = owner._modules.setdefault(part, nn.Module())
         for table in (owner._parameters, owner._buffers, owner._modules):
             table.pop(leaf, None)  # type: ignore[attr-defined]  # three dicts of different value types
         owner._non_persistent_buffers_set.discard(leaf)
@@ -73,30 +73,16 @@ class Store(nn.Module):
             owner = owner._modules.get(part) if owner is not None else None
         if owner is None:
             return None
-        value = owner._parameters.get(leaf)
-        if value is None:
-            value = owner._buffers.get(leaf)
-        if value is None:
-            module = owner._modules.get(leaf)
-            return module if isinstance(module, QTensor) else None
-        return value
+        for tensors in (owner._parameters, owner._buffers):
+            tensor = tensors.get(leaf)
+            if tensor is not None:
+                return tensor
+        module = owner._modules.get(leaf)
+        return module if isinstance(module, QTensor) else None
 
     def is_persistent(self, name: str) -> bool:
         """Whether a stored tensor belongs to the state_dict."""
         return _is_persistent(self, name)
-
-    def remove(self, name: str) -> None:
-        """Forget a tensor (and modules that are left empty)."""
-        *path, leaf = name.split(".")
-        owners: list[nn.Module] = [self]
-        for part in path:
-            owners.append(owners[-1]._modules[part])  # type: ignore[arg-type]  # the path exists
-        for table in (owners[-1]._parameters, owners[-1]._buffers, owners[-1]._modules):
-            table.pop(leaf, None)  # type: ignore[attr-defined]  # three dicts of different value types
-        for owner, part in reversed(list(zip(owners[:-1], path, strict=True))):
-            child = owner._modules[part]
-            if child is not None and not (child._parameters or child._buffers or child._modules):
-                del owner._modules[part]
 
     def constant(self, value: Tensor) -> str:
         """Store a constant of a graph once, whatever variant it comes from, and give its name."""

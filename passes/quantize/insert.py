@@ -59,8 +59,9 @@ def _insert_activation(
     anchor = x.next
     while anchor.op == "placeholder":
         anchor = anchor.next
-    reads: list[Any] = [program.get_attr(n, anchor) for n, _ in stored]
-    node = _fake(program, x, *(reads + [None, None])[:2], scheme.spell(), anchor)
+    reads = [program.get_attr(n, anchor) for n, _ in stored]
+    scale, zero = (reads[i] if i < len(reads) else None for i in range(2))
+    node = _fake(program, x, scale, zero, scheme.spell(), anchor)
     done.append((x, scheme.spell(), values, node))
     site.node.update_arg(0, node)
 

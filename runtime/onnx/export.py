@@ -3,7 +3,8 @@
     Program -> our operators translated (`translations`) -> torch.export -> torch.onnx -> fast spellings (`forms`)
             -> written under another name -> run against the Program (`check`) -> renamed
 
-So a file that exists is whole and gives what the Program gives, at two shapes, within `check.LIMITS`.
+So a file that exists is whole and computes what the Program computes, at two shapes (see `check` for how near).
+ORT's 2- to 8-bit weight-only kernel rounds activations to 8 bits by blocks, in either precision.
 On CPUs without VNNI (before Cascade Lake and Zen 4), integer products of ORT's AVX2 kernels may saturate.
 """
 

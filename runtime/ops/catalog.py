@@ -27,10 +27,10 @@ SIMULATED: tuple[Operator, ...] = (FAKE_QUANTIZE,)
 
 
 def _register(operators: tuple[Operator, ...]) -> torch.library.Library:
-    library = torch.library.Library(NAMESPACE, "DEF")
+    library = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]  # torch leaves it untyped
     for operator in operators:
-        library.define(operator.name + operator.schema)
-        library.impl(operator.name, operator, "CompositeImplicitAutograd")
+        library.define(operator.name + operator.schema)  # type: ignore[no-untyped-call]  # as above
+        library.impl(operator.name, operator, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]  # as above
     return library
 
 

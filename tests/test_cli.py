@@ -1,0 +1,226 @@
+"""The shell on tiny models: what it writes and prints, exit codes, errors a person can read."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import ZOO
+from typer.testing import CliRunner
+
+import dwindle
+from dwindle.frontends import cli
+from dwindle.frontends.bench import bench, shaped
+from dwindle.frontends.commands import app
+from dwindle.frontends.models import SourceError, load_data, load_source
+from dwindle.frontends.survey import survey
+from dwindle.runtime.errors import DwindleError
+
+FACTORIES = """
+import torch
+from models import ZOO
+
+def mlp(): return ZOO["mlp"]()
+def llama(): return ZOO["llama"]()[0]
+def bare(): return torch.nn.Linear(4, 4)
+def text(): return "a text"
+def broken(): raise ValueError("no [weights] here")
+def batches(): return [ZOO["mlp"]()[1] for _ in range(3)]
+def number(): return 3
+"""
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory of one's own with factories in tiny.py, and figures taken in no time."""
+    (tmp_path / "tiny.py").write_text(FACTORIES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "tiny", raising=False)
+    monkeypatch.setattr("dwindle.frontends.measure.SECONDS_EACH", 0.01)
+    return tmp_path
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments), prog_name="dwindle")
+
+
+def test_compress_writes_artifact_and_report_and_inspect_reads_it(here: Path) -> None:
+    done = run("compress", "tiny:mlp", "--out", "small")
+    assert done.exit_code == 0, done.output
+    assert "Wrote small" in done.stdout
+    assert {p.name for p in (here / "small").iterdir()} >= {"manifest.json", "weights.safetensors", "report.html"}
+    model, inputs = ZOO["mlp"]()
+    assert dwindle.load(here / "small")(**inputs) == pytest.approx(model(**inputs).detach(), abs=0.1)
+    seen = run("inspect", "small", "--json")
+    facts = json.loads(seen.stdout)
+    assert facts["variants"] == ["eval(input=float32['batch', 16])"]
+    assert facts["files"]["weights.safetensors"] == (here / "small/weights.safetensors").stat().st_size
+    assert len(facts["measured"]["latency"]) == 2
+    assert "report.html" in run("inspect", "small").stdout
+
+
+def test_compress_calibrates_on_a_factory_of_batches(here: Path) -> None:
+    done = run("compress", "tiny:mlp", "-r", "static-w8a8", "-d", "tiny:batches", "-o", "small", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["certificate"]["simulated"] == 0
+
+
+@pytest.mark.slow
+def test_compress_exports_onnx(here: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    assert run("compress", "tiny:mlp", "--out", "small", "--onnx").exit_code == 0
+    assert (here / "small/model.onnx").stat().st_size > 0
+
+
+def test_an_existing_folder_is_refused_before_the_work(here: Path) -> None:
+    (here / "small").mkdir()
+    for command in (["compress", "tiny:mlp", "--out", "small"], ["demo", "--out", "small"]):
+        done = run(*command)
+        assert done.exit_code == 1
+        assert "remove it, or choose another path" in done.stderr
+    assert list((here / "small").iterdir()) == []
+
+
+def test_inspect_tells_what_a_recipe_would_take() -> None:
+    facts = json.loads(run("inspect", "tiny:mlp", "--json").stdout)
+    assert [row["name"] for row in facts["rows"]] == ["0.weight", "2.weight", "5.weight"]
+    small = dwindle.compress(*ZOO["mlp"]()[:1], inputs=ZOO["mlp"]()[1])
+    assert facts["bytes_before"] == small.certificate.bytes_before
+    assert facts["bytes_after"] == small.certificate.bytes_after
+    shown = run("inspect", "tiny:llama", "-r", "w8a16")
+    assert shown.exit_code == 0, shown.output
+    assert "quantises 16 of 16 sites" in " ".join(shown.stdout.split())
+
+
+def test_inspect_names_what_is_left_and_why() -> None:
+    model, inputs = ZOO["tied_lm"]()
+    found = survey(model, {"quantize": [{"operators": ["linear"]}]}, inputs)
+    assert {row.name: bool(row.reason) for row in found.rows}["embedding.weight"]
+    assert found.bytes_after < found.bytes_before
+
+
+def test_bench_gives_figures(here: Path) -> None:
+    done = run("bench", "tiny:llama", "--batch", "1,3", "--seq", "4", "--seconds", "0.01", "--no-compile", "--json")
+    facts = json.loads(done.stdout)
+    shapes = [(t["contender"], t["batch"], t["sequence"]) for t in facts["timings"]]
+    assert shapes == [(name, batch, 4) for batch in (1, 3) for name in ("eager", "compressed")]
+    assert all(0 < t["p50"] <= t["p95"] and t["runs"] >= 5 for t in facts["timings"])
+    assert facts["bytes_after"] < facts["bytes_before"]
+
+
+def test_bench_prints_a_table_and_leaves_tokens_out_for_other_models() -> None:
+    done = run("bench", "tiny:mlp", "--batch", "2", "--seconds", "0.01", "--no-compile")
+    assert done.exit_code == 0, done.output
+    assert "speedup" in done.stdout
+    assert "tokens" not in done.stdout
+
+
+def test_a_contender_that_may_fail_is_a_figure_and_any_other_an_error() -> None:
+    def broken(**_: object) -> None:
+        raise RuntimeError("no compiler\nat all")
+
+    forms = {"whole": lambda **_: None, "broken": broken}
+    found = bench(forms, {"x": torch.ones(2, 3)}, batches=[1], seconds=0.0, may_fail=["broken"])
+    assert found.of("broken", 1).failure == "RuntimeError: no compiler"
+    assert found.speedup(found.of("broken", 1)) is None
+    with pytest.raises(DwindleError, match="broken cannot be run at batch 1"):
+        bench(forms, {"x": torch.ones(2, 3)}, batches=[1], seconds=0.0)
+
+
+def test_shaped_repeats_and_cuts() -> None:
+    call = shaped({"input_ids": torch.arange(6).reshape(2, 3), "scale": torch.ones(2, 5), "flag": True}, 5, 2)
+    assert call["input_ids"].shape == (5, 2)
+    assert call["scale"].shape == (5, 5)
+    assert call["flag"] is True
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("nowhere", "no such path"),
+        ("tiny.py", "a file"),
+        ("tiny:absent", "cannot be imported"),
+        ("absent:mlp", "cannot be imported"),
+        ("tiny:text", "gives no model"),
+        ("tiny:broken", "no [weights] here"),
+        ("tiny:bare", "a factory that returns (module, inputs)"),
+    ],
+)
+def test_a_wrong_model_is_explained(model: str, said: str) -> None:
+    done = run("inspect", model)
+    assert done.exit_code == 1
+    assert said in " ".join(done.stderr.replace("│", " ").split())
+    assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["inspect", "tiny:mlp", "-r", "zeroquant"], 1, "did you mean zeroquant-w8a8?"),
+        (["compress", "tiny:mlp", "-r", "static-w8a8", "-o", "x"], 1, "give --data"),
+        (["compress", "tiny:mlp", "-d", "tiny:number", "-o", "x"], 1, "gives no batches"),
+        (["compress", "tiny:mlp", "-d", "absent.txt", "-o", "x"], 1, "no such file"),
+        (["compress", "tiny:mlp", "-d", "tiny.py", "-o", "x"], 1, "has no tokenizer"),
+        (["bench", "tiny:mlp", "--batch", "1,x"], 2, "positive numbers"),
+        (["bench", "tiny:mlp", "--batch", "0"], 2, "positive numbers"),
+        (["compress", "tiny:mlp"], 2, "--out"),
+        (["squash"], 2, "No such command"),
+    ],
+)
+def test_exit_codes(arguments: list[str], code: int, said: str) -> None:
+    done = run(*arguments)
+    assert done.exit_code == code
+    assert said in " ".join(done.stderr.replace("│", " ").split())
+
+
+def test_debug_shows_where() -> None:
+    done = run("inspect", "nowhere", "--debug")
+    assert done.exit_code == 1
+    assert isinstance(done.exception, SourceError)
+
+
+def test_an_artifact_is_not_compressed_again(here: Path) -> None:
+    assert run("compress", "tiny:mlp", "--out", "small").exit_code == 0
+    done = run("compress", "small", "--out", "smaller")
+    assert done.exit_code == 1
+    assert "compressed already" in done.stderr
+
+
+def test_a_transformers_directory_with_a_tokenizer(here: Path) -> None:
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    model, _ = ZOO["bert"]()
+    model.save_pretrained(here / "bert")
+    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "prices", "rose", "again"])}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]")
+    fast.save_pretrained(here / "bert")
+    source = load_source("bert")
+    assert (source.name, type(source.model).__name__) == ("bert", "BertModel")
+    assert source.inputs["input_ids"].shape[0] == 2
+    assert source.inputs["attention_mask"].min() == 0  # an example with padding
+    (here / "texts.txt").write_text("prices rose\n\nrose again\n" * 5)
+    batches = list(load_data("texts.txt", source))
+    assert [batch["input_ids"].shape for batch in batches] == [(8, 2), (2, 2)]
+
+
+def test_help_does_not_load_torch_and_names_the_commands() -> None:
+    code = (
+        "import sys; from dwindle.frontends import commands\n"
+        "from typer.testing import CliRunner\n"
+        "done = CliRunner().invoke(commands.app, ['--help'])\n"
+        "print(done.exit_code, 'torch' in sys.modules, all(c in done.stdout for c in ('compress', 'inspect', 'bench')))"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["0", "False", "True"], done.stderr
+
+
+def test_without_typer_the_cure_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "typer", None)
+    with pytest.raises(SystemExit, match=r"pip install 'dwindle\[cli\]'"):
+        cli.main()
