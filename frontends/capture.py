@@ -8,6 +8,7 @@ no_grad are inlined (their results detached), and inputs and outputs are flatten
 from __future__ import annotations
 
 import contextlib
+import inspect
 import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -51,8 +52,8 @@ def capture(
     candidates = guess_dynamic(widened)
     if dynamic_shapes is not None:
         candidates = [{name: dims for name, dims in dynamic_shapes.items() if name in widened}]
-    with in_mode(model, training):
-        exported, dims = _export(model, widened, candidates)
+    with in_mode(model, training), _taking_tensors(model, widened) as given:
+        exported, dims = _export(model, given, candidates)
     module = exported.module()
     graph, output = _flat_graph(module, store)
     inputs, limits = _inputs(graph, structure, tensors, dims, exported.range_constraints)
@@ -97,15 +98,39 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = flag
 
 
+@contextlib.contextmanager
+def _taking_tensors(model: nn.Module, arguments: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """`model.forward` for a while as a function of the arguments that hold tensors, the others bound.
+
+    Export cannot give a dynamic shape next to an argument that forward takes in **kwargs (torch 2.13), and
+    transformers takes output_hidden_states there.
+    """
+    given = {n: v for n, v in arguments.items() if flatten(v)[1]}
+    constants = {n: v for n, v in arguments.items() if n not in given}
+    forward, own = model.forward, model.__dict__.get("forward")
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return forward(**dict(zip(given, args, strict=False)), **kwargs, **constants)
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    call.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in given])  # type: ignore[attr-defined]
+    model.__dict__["forward"] = call
+    try:
+        yield given
+    finally:
+        del model.__dict__["forward"]
+        if own is not None:
+            model.__dict__["forward"] = own
+
+
 def _export(
     model: nn.Module, arguments: Mapping[str, Any], candidates: list[DynamicShapes]
 ) -> tuple[torch.export.ExportedProgram, DynamicShapes]:
     failure: Exception | None = None
     for names in candidates:
         dims = {name: Dim(name) for shapes in names.values() for name in shapes.values()}
-        spec = {n: _spec(v, names.get(n, {}), dims) for n, v in arguments.items()}
         try:
-            return _export_within_limits(model, arguments, spec), names
+            return _export_within_limits(model, arguments, _spec(model, arguments, names, dims)), names
         except Exception as error:  # whatever the model's code or export raises is the reason to report
             failure = failure or error
     assert failure is not None
@@ -130,10 +155,14 @@ def _export_within_limits(model: nn.Module, arguments: Mapping[str, Any], spec: 
         return torch.export.export(model, (), dict(arguments), dynamic_shapes=refined, strict=False)
 
 
-def _spec(value: Any, names: Mapping[int, str], dims: Mapping[str, Dim]) -> Any:
-    if isinstance(value, Tensor):
-        return {dim: dims[name] for dim, name in names.items()}
-    return pytree.tree_map(lambda _: None, value)
+def _spec(
+    model: nn.Module, arguments: Mapping[str, Any], names: DynamicShapes, dims: Mapping[str, Dim]
+) -> dict[str, Any] | tuple[Any, ...] | list[Any] | None:
+    """Dynamic dimensions in the nesting that export wants, which depends on where forward takes each argument."""
+    shapes = torch.export.ShapesCollection()
+    for name, by_dim in names.items():
+        shapes[arguments[name]] = {dim: dims[label] for dim, label in by_dim.items()}
+    return shapes.dynamic_shapes(model, (), dict(arguments))
 
 
 def _first_line(error: BaseException) -> str:

@@ -124,10 +124,10 @@ class _Sites(fx.Interpreter):
         if call is None:
             return value
         if call not in self.forced:
-            self.values[call] = value
+            self.values[call] = value.clone()  # a relu_ after this site writes into `value`
             return value
         self.errors[call] = difference([self.forced[call]], [value]).relative
-        return self.forced[call]
+        return self.forced[call].clone()
 
 
 def _site_values(

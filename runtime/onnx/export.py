@@ -37,6 +37,7 @@ Precision = Literal["accurate", "fast"]
 
 OPSET = 23  # the first with Attention; QuantizeLinear by blocks is of 21
 PACKAGES = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
+FOLDED_ELEMENTS = 1024  # larger packed weights stay packed in the file; a session unpacks them on loading
 EMBEDDED_BYTES = 1 << 30  # above this weights lie in a second file; one protobuf holds at most 2 GiB
 
 
@@ -164,7 +165,7 @@ def _build(program: Program, precision: str, opset: int) -> Any:
         ) from error
     assert onnx_program is not None
     model = onnx_program.model
-    optimizer.optimize(model)
+    optimizer.optimize(model, input_size_limit=FOLDED_ELEMENTS)
     _name_dimensions(model, contract)
     rewrite(model)
     return model

@@ -6,7 +6,7 @@
     qlinear            MatMulIntegerToFloat, uint8 x int8 with weights (K, N); groups: MatMulNBits on the codes
     qlinear_weight_only  MatMulNBits, accuracy_level 4
     qembedding         Gather of packed rows, unpacked in fp32
-    qconv2d            Conv between DequantizeLinear: with a QuantizeLinear after it, QLinearConv
+    qconv2d            DequantizeLinear, Conv: one QLinearConv where a QuantizeLinear follows, else fp32
     dequantize         DequantizeLinear, or packed bytes unpacked in fp32
 
 uint8 because the int8 x int8 kernel is about 80 times slower (128x768x768: 23 ms against 0.29). Two forms of
@@ -76,6 +76,7 @@ class _Translation:
                 return
             new = form(self, node, *_arguments(node))
         if new is not node:
+            new.meta = dict(node.meta)
             node.replace_all_uses_with(new)
             self.graph.erase_node(node)
 
@@ -125,24 +126,12 @@ def _name(node: fx.Node) -> str:
     return str(node.target).removesuffix(".codes")
 
 
-def onnx(
-    name: str, inputs: Sequence[Any], shape: Sequence[Any], dtype: torch.dtype, *, site: str | None = None, **kw: Any
-) -> Tensor:
-    """One ONNX node with an output of `shape`; kw: its attributes."""
-    properties = None if site is None else {SITE: site}
-    version = 1 if "::" in name else None
-    result: Tensor = torch.onnx.ops.symbolic(
-        name, inputs, kw, dtype=dtype, shape=shape, version=version, metadata_props=properties
-    )
-    return result
-
-
 # Activations
 
 
 def _quantize_dynamic(t: _Translation, node: fx.Node, x: fx.Node, granularity: str) -> fx.Node:
     per_token = granularity == "token" and not (t.fast and not _narrows(node))
-    node.target, node.args, node.kwargs = (_per_token if per_token else _per_tensor), (x, node.name), {}
+    node.target, node.args, node.kwargs = (traced.per_token if per_token else traced.per_tensor), (x, node.name), {}
     return node
 
 
@@ -159,30 +148,8 @@ def _is_ours(node: fx.Node, name: str) -> bool:
     return ours is not None and ours.name == name
 
 
-def _per_token(x: Tensor, site: str) -> tuple[Tensor, Tensor]:
-    x = x.float()
-    # Two reductions, where Abs would write a copy: 1536 -> 384 on 1024 tokens, 1.96 ms against 2.10.
-    amax = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))
-    scale = (amax / 127).clamp_min(_TINY)  # (..., 1)
-    zero = torch.full_like(scale, SHIFT, dtype=torch.uint8)
-    blocks = {"axis": x.dim() - 1, "block_size": int(x.shape[-1])}
-    return onnx("QuantizeLinear", (x, scale, zero), x.shape, torch.uint8, site=site, **blocks), scale
-
-
-def _per_tensor(x: Tensor, site: str) -> tuple[Tensor, Tensor, Tensor]:
-    codes, scale, zero = torch.onnx.ops.symbolic_multi_out(
-        "DynamicQuantizeLinear",
-        (x.float(),),
-        {},
-        dtypes=(torch.uint8, torch.float32, torch.uint8),
-        shapes=(x.shape, (), ()),
-        metadata_props={SITE: site},
-    )
-    return codes, scale, zero
-
-
 def _quantize_static(t: _Translation, node: fx.Node, x: fx.Node, scale: fx.Node, zero: fx.Node | None) -> fx.Node:
-    return t.call(_static, x, scale, _unsigned_zero(t, zero), node.name)
+    return t.call(traced.static, x, scale, _unsigned_zero(t, zero), node.name)
 
 
 def _unsigned_zero(t: _Translation, zero: fx.Node | None) -> fx.Node | None:
@@ -190,10 +157,6 @@ def _unsigned_zero(t: _Translation, zero: fx.Node | None) -> fx.Node | None:
     if value is None or zero is None:
         return t.middle
     return t.constant(f"{_name(zero)}_uint8", (value + SHIFT).to(torch.uint8))
-
-
-def _static(x: Tensor, scale: Tensor, zero: Tensor, site: str) -> Tensor:
-    return onnx("QuantizeLinear", (x.float(), scale, zero), x.shape, torch.uint8, site=site)
 
 
 # Linear
@@ -214,28 +177,28 @@ def _qlinear(
     scheme, stored = Scheme.parse(spelled), t.read(weight)
     assert stored is not None
     if not spelled.startswith("8-symmetric-channel"):
-        x = t.call(_floating, codes, scale, _zero_of(t, codes))
+        x = t.call(traced.floating, codes, scale, _zero_of(t, codes))
         columns = int(codes.meta["val"].shape[-1])
         blocks = _nbits(t, weight, weight_scale, zero, scheme, columns)
-        return t.call(_by_nbits, x, *blocks, bias, dtype, node.name)
+        return t.call(traced.by_nbits, x, *blocks, bias, dtype, node.name)
     kn = t.constant(f"{_name(weight)}_kn", stored.t().contiguous())
     if _is_scalar(scale, codes):
-        return t.call(_gemm_per_tensor, codes, scale, _zero_of(t, codes), kn, weight_scale, bias, dtype)
+        return t.call(traced.gemm_per_tensor, codes, scale, _zero_of(t, codes), kn, weight_scale, bias, dtype)
     one = t.constant("dwindle.one", torch.tensor(1.0))
-    return t.call(_gemm_per_token, codes, scale, one, t.middle, kn, weight_scale, _as_row(t, bias), dtype)
+    return t.call(traced.gemm_per_token, codes, scale, one, t.middle, kn, weight_scale, _as_row(t, bias), dtype)
 
 
 def _is_scalar(scale: fx.Node, codes: fx.Node) -> bool:
     source = codes.args[0] if codes.target is operator.getitem else None
-    return (isinstance(source, fx.Node) and source.target is _per_tensor) or not scale.meta["val"].dim()
+    return (isinstance(source, fx.Node) and source.target is traced.per_tensor) or not scale.meta["val"].dim()
 
 
 def _zero_of(t: _Translation, codes: fx.Node) -> fx.Node | None:
     """The zero point that goes with codes, from the node that made them."""
-    if codes.target is _static:
+    if codes.target is traced.static:
         return codes.args[2]  # type: ignore[return-value]  # as _quantize_static built it
     source = codes.args[0] if codes.target is operator.getitem else None
-    if isinstance(source, fx.Node) and source.target is _per_tensor:
+    if isinstance(source, fx.Node) and source.target is traced.per_tensor:
         return t.call(operator.getitem, source, 2)
     return t.middle
 
@@ -244,38 +207,6 @@ def _as_row(t: _Translation, bias: fx.Node | None) -> fx.Node | None:
     """A bias of shape (1, N): with (N,) ORT would fuse Add and Gelu into its slow BiasGelu."""
     value = t.read(bias)
     return None if value is None or bias is None else t.constant(f"{_name(bias)}_row", value.reshape(1, -1))
-
-
-def _gemm(codes: Tensor, weight: Tensor, scale: Tensor, weight_scale: Tensor, zero: Tensor, bias: Any) -> Tensor:
-    shape = (*codes.shape[:-1], weight.shape[1])
-    inputs = (codes, weight, scale, weight_scale, zero, None, bias)
-    return onnx("com.microsoft::MatMulIntegerToFloat", inputs, shape, torch.float32)
-
-
-def _gemm_per_token(
-    codes: Tensor,
-    scale: Tensor,
-    one: Tensor,
-    zero: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    y = _gemm(codes, weight, one, weight_scale, zero, None) * scale
-    return (y if bias is None else y + bias).to(dtype)
-
-
-def _gemm_per_tensor(
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    return _gemm(codes, weight, scale, weight_scale, zero, bias).to(dtype)
 
 
 def _weight_only(
@@ -290,7 +221,7 @@ def _weight_only(
 ) -> fx.Node:
     columns = int(x.meta["val"].shape[-1])
     blocks = _nbits(t, weight, scale, zero, Scheme.parse(spelled), columns)
-    return t.call(_by_nbits, x, *blocks, bias, x.meta["val"].dtype, node.name)
+    return t.call(traced.by_nbits, x, *blocks, bias, x.meta["val"].dtype, node.name)
 
 
 def _nbits(
@@ -307,55 +238,7 @@ def _nbits(
     return *(t.constant(f"{name}_{suffix}", value) for suffix, value in tensors), attributes
 
 
-def _by_nbits(
-    x: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    attributes: dict[str, int],
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    site: str,
-) -> Tensor:
-    shape = (*x.shape[:-1], attributes["N"])
-    inputs = (x.float(), b, scale, zero)
-    y = onnx("com.microsoft::MatMulNBits", inputs, shape, torch.float32, site=site, **attributes)
-    return (y if bias is None else y + bias).to(dtype)
-
-
-def _floating(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    return (codes.float() - zero.float()) * scale
-
-
 # Tables and other packed tensors
-
-
-def unpacked(packed: Tensor, columns: int, scheme: Scheme) -> Tensor:
-    """fp32 codes (rows, columns) of packed ones, by arithmetic that ONNX has on every type: see `layout`."""
-    bits, signed = layout_of(scheme).bits, scheme.kind in ("symmetric", "ternary")
-    if bits == 8:
-        return packed.float()
-    per, block = 8 // bits, block_of(columns, scheme)
-    rest = packed.float().reshape(packed.shape[0], -1, 1, block // per)
-    fields = []
-    for _ in range(per):
-        above = torch.floor(rest * 2.0**-bits)
-        field = rest - above * 2.0**bits
-        fields.append(torch.where(field >= 2 ** (bits - 1), field - 2**bits, field) if signed else field)
-        rest = above
-    codes = torch.cat(fields, 2).reshape(packed.shape[0], -1)[:, :columns]
-    return codes * 2 - 1 if scheme.kind == "binary" else codes
-
-
-def _values(packed: Tensor, scale: Tensor, zero: Tensor | None, columns: int, spelled: str) -> Tensor:
-    """fp32 (rows, columns): the scales of a row are one, or one a group."""
-    codes = unpacked(packed, columns, Scheme.parse(spelled))
-    groups = scale.shape[1] if scale.dim() == 2 else 1
-    grouped = codes.reshape(codes.shape[0], groups, -1)
-    if zero is not None:
-        grouped = grouped - (zero if not zero.dim() else zero.reshape(-1, groups, 1))
-    grouped = grouped * (scale if not scale.dim() else scale.reshape(-1, groups, 1))
-    return grouped.reshape(codes.shape)
 
 
 def _qembedding(
@@ -369,22 +252,7 @@ def _qembedding(
     spelled: str,
     dtype: torch.dtype,
 ) -> fx.Node:
-    return t.call(_lookup, indices, weight, scale, zero, columns, spelled, dtype)
-
-
-def _lookup(
-    indices: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    columns: int,
-    spelled: str,
-    dtype: torch.dtype,
-) -> Tensor:
-    flat = indices.reshape(-1)
-    rows, scales = weight.index_select(0, flat), scale.index_select(0, flat) if scale.dim() else scale
-    zeros = zero if zero is None or not zero.dim() else zero.index_select(0, flat)
-    return _values(rows, scales, zeros, columns, spelled).reshape(*indices.shape, columns).to(dtype)
+    return t.call(traced.lookup, indices, weight, scale, zero, columns, spelled, dtype)
 
 
 def _dequantize(
@@ -397,16 +265,7 @@ def _dequantize(
     spelled: str,
     dtype: torch.dtype,
 ) -> fx.Node:
-    return t.call(_whole, codes, scale, zero, shape, spelled, dtype)
-
-
-def _whole(
-    codes: Tensor, scale: Tensor, zero: Tensor | None, shape: list[int], spelled: str, dtype: torch.dtype
-) -> Tensor:
-    columns = 1
-    for size in shape[1:]:
-        columns *= size
-    return _values(codes.reshape(codes.shape[0], -1), scale, zero, columns, spelled).reshape(shape).to(dtype)
+    return t.call(traced.whole, codes, scale, zero, shape, spelled, dtype)
 
 
 # Convolution
@@ -426,27 +285,20 @@ def _qconv2d(
     stored = t.read(weight)
     assert stored is not None
     oihw = t.constant(f"{_name(weight)}_oihw", stored.permute(0, 3, 1, 2).contiguous())
-    return t.call(_convolution, codes, scale, _zero_of(t, codes), oihw, weight_scale, bias, *rest)
+    return t.call(
+        traced.convolution, codes, scale, _zero_of(t, codes), oihw, weight_scale, bias, *rest, _requantised(node)
+    )
 
 
-def _convolution(
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    # Between these two and a QuantizeLinear that follows, ORT makes of it all one QLinearConv; without one the
-    # product is in fp32. ConvInteger is no way out: 64 channels of 56x56, 3x3, 5.97 ms, fp32 1.00, QLinearConv .37.
-    x = onnx("DequantizeLinear", (codes, scale, zero), codes.shape, torch.float32)
-    w = onnx("DequantizeLinear", (weight, weight_scale), weight.shape, torch.float32, axis=0)
-    return torch.nn.functional.conv2d(x, w, bias, stride, padding, dilation, groups).to(dtype)
+_ACTIVATIONS = {torch.ops.aten.relu.default, torch.ops.aten.relu_.default, torch.ops.aten.hardtanh.default}
+
+
+def _requantised(node: fx.Node) -> bool:
+    """What follows is an activation at most, and then QuantizeLinear: ORT makes one QLinearConv of all."""
+    users = list(node.users)
+    if len(users) == 1 and users[0].target in _ACTIVATIONS:
+        return _requantised(users[0])
+    return bool(users) and all(_is_ours(user, "quantize_static") for user in users)
 
 
 FORMS: dict[str, Callable[..., fx.Node]] = {
