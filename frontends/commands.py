@@ -294,7 +294,7 @@ def _show(as_json: bool, plain: Callable[[], Any], *shown: Any) -> None:
 
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """torch and transformers warn of matters that are theirs; with -W given, or --debug, nothing is hidden."""
+    """torch and transformers warn of matters that are theirs; `python -W default -m dwindle` shows them."""
     import warnings
 
     with warnings.catch_warnings():

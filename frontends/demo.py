@@ -104,7 +104,7 @@ class DemoFigures:
             cells = ["", "", ""]
             if q.difference is not None:
                 mean, (low, high) = q.difference
-                cells = [f"{mean:+.4f}", f"{low:+.4f} .. {high:+.4f}", f"{q.cosine:.5f}"]
+                cells = [f"{mean:+.4f}", f"{low:+.4f}, {high:+.4f}", f"{q.cosine:.5f}"]
             table.add_row(q.form, f"{q.acc_at_1:.3f}", f"{q.mrr:.4f}", *cells)
         return table
 

@@ -15,6 +15,7 @@ from ..runtime.qtensor import QTensor
 from .quantize.insert import SITE
 from .quantize.sites import find_sites
 from .verify import Difference, difference
+from .watch import watch
 
 
 def certify(
@@ -77,68 +78,53 @@ def _scheme(value: Tensor | QTensor | None) -> str:
     return value.scheme.spell() if isinstance(value, QTensor) else str(value.dtype).removeprefix("torch.")
 
 
-class _Dispatch(fx.Interpreter):
-    """Asks each of our operators, on the values it really gets, which kernel serves it."""
-
-    def __init__(self, program: Program) -> None:
-        super().__init__(program.module)
-        self.served: dict[str, tuple[str, str, tuple[str, ...]]] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        operator = by_overload(n.target) if n.op == "call_function" else None
-        if operator is not None:
-            args, _ = self.fetch_args_kwargs_from_env(n)
-            kernel, declined = operator.explain(*args)
-            for source in n.all_input_nodes:
-                name = str(source.target).removesuffix(".codes")
-                if source.op == "get_attr" and str(source.target).endswith(".codes"):
-                    self.served[name] = (operator.name, kernel, tuple(declined))
-                elif source.target is torch.ops.aten.view.default and source.all_input_nodes[0].op == "get_attr":
-                    name = str(source.all_input_nodes[0].target).removesuffix(".codes")
-                    self.served[name] = (operator.name, kernel, tuple(declined))
-        return super().run_node(n)
-
-
 def _dispatch(program: Program, inputs: Sequence[Tensor]) -> dict[str, tuple[str, str, tuple[str, ...]]]:
-    asked = _Dispatch(program)
-    with torch.no_grad():
-        asked.run(*inputs)
-    return asked.served
+    """By weight: the operator that reads it, the kernel that serves on the values it really gets, and why not others."""
+    served: dict[str, tuple[str, str, tuple[str, ...]]] = {}
+
+    def look(node: fx.Node, args: tuple[Any, ...], value: Any) -> Any:
+        operator = by_overload(node.target) if node.op == "call_function" else None
+        if operator is not None:
+            kernel, declined = operator.explain(*args)
+            for fqn in _weights_of(node):
+                served[fqn] = (operator.name, kernel, tuple(declined))
+        return value
+
+    watch(program, inputs, look)
+    return served
+
+
+def _weights_of(node: fx.Node) -> list[str]:
+    """Names of the QTensors whose codes a call reads, as they are or viewed."""
+    sources = [n.all_input_nodes[0] if n.target is torch.ops.aten.view.default else n for n in node.all_input_nodes]
+    names = [str(n.target) for n in sources if n.op == "get_attr"]
+    return [name.removesuffix(".codes") for name in names if name.endswith(".codes")]
 
 
 Call = tuple[str, str]
 
 
-class _Sites(fx.Interpreter):
-    """Keeps the value of every site; where `forced` has one, compares with it and goes on from that one."""
-
-    def __init__(self, module: fx.GraphModule, calls: Mapping[fx.Node, Call], forced: Mapping[Call, Tensor]) -> None:
-        super().__init__(module)
-        self.calls, self.forced = calls, forced
-        self.values: dict[Call, Tensor] = {}
-        self.errors: dict[Call, float] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        call = self.calls.get(n)
-        if call is None:
-            return value
-        if call not in self.forced:
-            self.values[call] = value.clone()  # a relu_ after this site writes into `value`
-            return value
-        self.errors[call] = difference([self.forced[call]], [value]).relative
-        return self.forced[call].clone()
-
-
 def _site_values(
     program: Program, inputs: Sequence[Tensor], forced: Mapping[Call, Tensor] | None = None
 ) -> tuple[dict[Call, Tensor], dict[Call, float]]:
+    """Every site's output; with `forced`, its relative error against that, which the run then goes on from."""
     calls = {n: n.meta[SITE] for n in program.graph.nodes if SITE in n.meta}
     calls = calls or {site.node: (site.fqn, site.node.name) for site in find_sites(program)}
-    run = _Sites(program.module, calls, forced or {})
-    with torch.no_grad():
-        run.run(*inputs)
-    return run.values, run.errors
+    values: dict[Call, Tensor] = {}
+    errors: dict[Call, float] = {}
+
+    def look(node: fx.Node, args: tuple[Any, ...], value: Any) -> Any:
+        call = calls.get(node)
+        if call is None:
+            return value
+        if forced is None:
+            values[call] = value.clone()
+            return value
+        errors[call] = difference([forced[call]], [value]).relative
+        return forced[call].clone()
+
+    watch(program, inputs, look)
+    return values, errors
 
 
 def _layer_errors(finished: Program, original: Program, inputs: Sequence[Tensor]) -> dict[str, float]:

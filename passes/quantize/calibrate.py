@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from ...runtime.errors import CalibrationError
 from ...runtime.plan import Quantize, input_scale_name, input_zero_name
 from ...runtime.program import Program
+from ..watch import watch
 from .observers import MakeObserver, Observer
 from .sites import find_sites
 
@@ -31,12 +31,16 @@ def calibrate(
         if site.fqn in static and site.activation is not None:
             watched.setdefault(site.activation, []).append(site.fqn)
     observers = {node: make() for node in watched}
+
+    def look(node: fx.Node, args: tuple[Any, ...], value: Any) -> Any:
+        if node in observers:
+            observers[node].observe(value)
+        return value
+
     count = 0
-    with torch.no_grad():
-        for batch in batches:
-            count += 1
-            for node, value in watch(program, batch, observers):
-                observers[node].observe(value)
+    for batch in batches:
+        count += 1
+        watch(program, batch, look)
     if count == 0:
         raise CalibrationError(
             "calibration data is empty",
@@ -47,29 +51,6 @@ def calibrate(
     for node, fqns in watched.items():
         for fqn in fqns:
             _put(program, static[fqn], observers[node])
-
-
-def watch(program: Program, tensors: Sequence[Tensor], nodes: Iterable[fx.Node]) -> Iterator[tuple[fx.Node, Any]]:
-    """Run a program and yield the values of `nodes` as they are computed."""
-    wanted = set(nodes)
-    recorder = _Recorder(program.module)
-    recorder.wanted = wanted
-    recorder.run(*tensors)
-    yield from recorder.seen
-
-
-class _Recorder(fx.Interpreter):
-    wanted: set[fx.Node]
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.seen: list[tuple[fx.Node, Any]] = []
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n in self.wanted:
-            self.seen.append((n, value))
-        return value
 
 
 def _put(program: Program, edit: Quantize, observer: Observer) -> None:

@@ -31,7 +31,7 @@ from ..ops.qlinear import dequantize_packed
 from ..ops.quantize import QUANTIZE_DYNAMIC, QUANTIZE_STATIC
 from ..program import Program
 from ..scheme import Scheme
-from .translations import SITE
+from .traced import SITE
 
 if TYPE_CHECKING:
     import onnx_ir as ir

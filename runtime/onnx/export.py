@@ -60,7 +60,7 @@ def export_onnx(
     Weights above 1 GiB go to `<path>.data`. Raises ExportError, and then nothing is left at `path`.
     """
     path = Path(path)
-    _require(provider, precision, path)
+    _require(provider, precision, path, model.device)
     program, given = _variant(model, inputs)
     examples = [given, smaller(program.contract, given)] if given else batches(program)
     recipe = getattr(model, "recipe", {})
@@ -75,11 +75,13 @@ def export_onnx(
     return path
 
 
-def _require(provider: str, precision: str, path: Path) -> None:
+def _require(provider: str, precision: str, path: Path, device: torch.device) -> None:
     if provider not in PROVIDERS:
         raise ExportError("no such provider", required=" or ".join(PROVIDERS), found=repr(provider))
     if precision not in ("accurate", "fast"):
         raise ExportError("no such precision", required="'accurate' or 'fast'", found=repr(precision))
+    if device.type != "cpu":
+        raise ExportError("the model is elsewhere", required="on the CPU", found=device, cure="model.cpu()")
     for package in PACKAGES:
         if importlib.util.find_spec(package) is None:
             raise MissingDependencyError(package, "onnx", "exporting to ONNX")

@@ -3,15 +3,11 @@
     quantize_dynamic   per token: QuantizeLinear with one scale a row (block_size = K), codes + 128 as uint8
                        per tensor: DynamicQuantizeLinear
     quantize_static    QuantizeLinear
-    qlinear            MatMulIntegerToFloat, uint8 x int8 with weights (K, N); groups: MatMulNBits on the codes
+    qlinear            MatMulIntegerToFloat, uint8 x int8 with weights (K, N); groups: MatMulNBits
     qlinear_weight_only  MatMulNBits, accuracy_level 4
     qembedding         Gather of packed rows, unpacked in fp32
     qconv2d            DequantizeLinear, Conv: one QLinearConv where a QuantizeLinear follows, else fp32
-    dequantize         DequantizeLinear, or packed bytes unpacked in fp32
-
-uint8 because the int8 x int8 kernel is about 80 times slower (128x768x768: 23 ms against 0.29). Two forms of
-a token-wise GEMM that were slower: QuantizeLinear(axis=0) on flattened tokens (1024x384x1536: 2.47 ms against
-2.28), MatMulInteger + Cast (2.65); per tensor takes 1.78. All on one core with AVX512-VNNI, ORT 1.31.
+    dequantize         packed bytes unpacked in fp32; a session does it once, on loading
 
 Codes equal the torch operator's bit for bit, with two exceptions. A row whose largest magnitude is below
 127 * 2^-126 keeps codes where torch gives zeros; a symmetric static code may be -128 where torch stops at -127.
@@ -21,21 +17,18 @@ Arithmetic follows `numerics` but for the order of the two scales of a product.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from ..layout import block_of, layout_of
 from ..ops.catalog import by_overload
 from ..program import Program
 from ..scheme import Scheme
+from . import traced
 from .nbits import nbits_weight, onnx_bits
-
-SHIFT = 128
-SITE = "dwindle.site"  # a node's property: the Program's node whose rounding it does, see `check`
-_TINY = torch.finfo(torch.float32).tiny
+from .traced import SHIFT
 
 
 def translate(program: Program, precision: str) -> fx.GraphModule:

@@ -1,0 +1,102 @@
+"""Bytes on disk: MiniLM saved after each preset beside its fp32 safetensors file.
+
+    python benchmarks/artifact_size.py [--again]
+
+Sizes are what `stat` says of every file of the saved folder; `weights` is its safetensors file alone. The float
+side is the file as the model ships, and the model saved after an empty recipe, which must cost no more but for its
+graph. CPU seconds of save and load are the least of three.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import timing  # before torch
+import torch
+from results import Results
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import dwindle
+from dwindle.frontends.assets import MINILM, fetch, load_minilm
+
+RECIPES: dict[str, Any] = {"empty recipe": {}} | {
+    name: name for name in ("zeroquant-w8a8", "static-w8a8", "w8a16", "w4a8-g32", "w4a16-g128")
+}
+TARGETS = {"zeroquant-w8a8": 0.27, "static-w8a8": 0.27, "w8a16": 0.27, "w4a16-g128": 0.15}
+ROUNDS = 3
+
+T = TypeVar("T")
+
+
+def original_bytes() -> int:
+    """Size of the fp32 file that the model came in."""
+    return (fetch(MINILM, quiet=True) / MINILM.key).stat().st_size
+
+
+def timed(call: Callable[[int], T]) -> tuple[T, float]:
+    """The last result, and the least CPU seconds of ROUNDS calls, which are told their number."""
+    least = float("inf")
+    for i in range(ROUNDS):
+        started = time.process_time()
+        result = call(i)
+        least = min(least, time.process_time() - started)
+    return result, least
+
+
+def measure(model: nn.Module, recipe: Any) -> dict[str, Any]:
+    """{"files": {name: bytes}, "save s", "load s", "identical"}."""
+    words = torch.arange(1000, 1064).reshape(2, 32)
+    batch = {"input_ids": words, "attention_mask": torch.ones_like(words)}
+    compressed = dwindle.compress(model, recipe, inputs=batch, data=[batch])
+    with tempfile.TemporaryDirectory() as folder:
+        saved, save_seconds = timed(lambda i: compressed.save(Path(folder) / str(i)))
+        loaded, load_seconds = timed(lambda i: dwindle.load(saved))
+        files = {file.name: file.stat().st_size for file in sorted(saved.iterdir())}
+    with torch.no_grad():
+        identical = torch.equal(loaded(**batch).last_hidden_state, compressed(**batch).last_hidden_state)
+    return {"files": files, "save s": save_seconds, "load s": load_seconds, "identical": identical}
+
+
+def show(points: dict[str, dict[str, Any]], original: int) -> None:
+    """One row a recipe."""
+    table = Table(title=f"MiniLM-L6 on disk; fp32 safetensors file {original / 1e6:.2f} MB", title_justify="left")
+    for name in ("recipe", "weights MB", "folder MB", "ratio", "target", "save s", "load s", "loads the same"):
+        table.add_column(name, justify="left" if name in ("recipe", "target") else "right")
+    for name, r in points.items():
+        total, target = sum(r["files"].values()), TARGETS.get(name)
+        ratio = total / original
+        table.add_row(
+            *(name, f"{r['files']['weights.safetensors'] / 1e6:.2f}", f"{total / 1e6:.2f}", f"{ratio:.4f}"),
+            "" if target is None else f"<= {target} {'met' if ratio <= target else 'missed'}",
+            *(f"{r['save s']:.2f}", f"{r['load s']:.2f}", "yes" if r["identical"] else "NO"),
+        )
+    table.caption = "ratio: the whole folder against the fp32 file"
+    Console(width=110).print(table)
+
+
+def main() -> None:
+    """Measure the recipes that are not there yet, and print all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--again", action="store_true", help="measure what is already there as well")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    timing.one_thread()
+    model, _ = load_minilm(quiet=True)
+    results = Results("artifact_size", again=arguments.again)
+    points = {
+        name: results.point({"recipe": recipe}, lambda recipe=recipe: measure(model, recipe))
+        for name, recipe in RECIPES.items()
+    }
+    show(points, original_bytes())
+
+
+if __name__ == "__main__":
+    main()
