@@ -157,9 +157,9 @@ def _export_within_limits(model: nn.Module, arguments: Mapping[str, Any], spec: 
 
 def _spec(
     model: nn.Module, arguments: Mapping[str, Any], names: DynamicShapes, dims: Mapping[str, Dim]
-) -> dict[str, Any] | tuple[Any, ...] | list[Any] | None:
+) -> Any:
     """Dynamic dimensions in the nesting that export wants, which depends on where forward takes each argument."""
-    shapes = torch.export.ShapesCollection()
+    shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     for name, by_dim in names.items():
         shapes[arguments[name]] = {dim: dims[label] for dim, label in by_dim.items()}
     return shapes.dynamic_shapes(model, (), dict(arguments))

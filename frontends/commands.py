@@ -215,8 +215,8 @@ def bench(
         contenders: dict[str, Callable[..., Any]] = {"eager": source.model, "compressed": small}
         if compiled:
             contenders |= {
-                "eager, torch.compile": torch.compile(source.model),
-                "compressed, torch.compile": torch.compile(small),
+                "eager, compiled": torch.compile(source.model),
+                "compressed, compiled": torch.compile(small),
             }
         with stage.step("Timing") as advance:
             arguments = as_arguments(source.model, source.inputs)

@@ -52,9 +52,9 @@ class Store(nn.Module):
         *path, leaf = name.split(".")
         owner: nn.Module = self
         for part in path:
-            owner = owner._modules.setdefault(part, nn.Module())
+            owner = owner._modules.setdefault(part, nn.Module())  # type: ignore[assignment]  # None is never stored
         for table in (owner._parameters, owner._buffers, owner._modules):
-            table.pop(leaf, None)  # type: ignore[attr-defined]  # three dicts of different value types
+            table.pop(leaf, None)
         owner._non_persistent_buffers_set.discard(leaf)
         if isinstance(value, nn.Module):
             owner._modules[leaf] = value
