@@ -237,7 +237,7 @@ def bench(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")] = Path("dwindle-demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer documents: less than a minute on two cores.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer documents: about a minute on two idle cores.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
