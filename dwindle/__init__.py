@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .frontends.api import compress
+    from .frontends.compress import compress
     from .frontends.recipe import Recipe
     from .frontends.student import Student, prepare
     from .frontends.transplant import transplant
@@ -36,7 +36,7 @@ _HOME = {
     "DwindleError": ".runtime.errors",
     "Recipe": ".frontends.recipe",
     "Student": ".frontends.student",
-    "compress": ".frontends.api",
+    "compress": ".frontends.compress",
     "load": ".runtime.artifact",
     "prepare": ".frontends.student",
     "transplant": ".frontends.transplant",

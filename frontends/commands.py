@@ -130,7 +130,7 @@ def compress(
 ) -> None:
     """Compress a model after training, and save it with its report."""
     require_free(out)
-    from .api import compress as compress_model
+    from .compress import compress as compress_model
     from .models import load_data, load_source
     from .page import write_page
     from .progress import steps
@@ -197,7 +197,7 @@ def bench(
     batches, sequences = _numbers(batch), _numbers(seq)
     import torch
 
-    from .api import compress as compress_model
+    from .compress import compress as compress_model
     from .bench import bench as measure
     from .inputs import as_arguments
     from .models import load_data, load_source

@@ -30,7 +30,7 @@ from ..runtime.certificate import Certificate
 from ..runtime.compressed import Compressed
 from ..runtime.errors import ArtifactError, MissingDependencyError
 from ..runtime.report import differences, size
-from .api import compress
+from .compress import compress
 from .assets import MINILM, fetch, load_bbc, load_minilm
 from .bench import Bench, bench
 from .page import write_page

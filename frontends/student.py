@@ -20,7 +20,7 @@ from ..runtime.model import GraphModel
 from ..runtime.plan import Plan
 from ..runtime.program import Program
 from ..runtime.store import Store
-from .api import (
+from .compress import (
     RecipeSource,
     calibration_batches,
     finish,
