@@ -1,6 +1,6 @@
 """Compress a model after training, look at the report, save it, load it, run it.
 
-    python examples/compress_a_model.py
+python examples/compress_a_model.py
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def main() -> None:
         loaded = dwindle.load(path)
     with torch.no_grad():
         print("the same after loading:", torch.equal(loaded(batch), small(batch)))
-        print("same class as the original for", (loaded(batch).argmax(1) == model(batch).argmax(1)).sum().item(), "of 32")
+        print(
+            "same class as the original for", (loaded(batch).argmax(1) == model(batch).argmax(1)).sum().item(), "of 32"
+        )
 
 
 if __name__ == "__main__":

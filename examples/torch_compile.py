@@ -1,6 +1,6 @@
 """The same passes behind torch.compile: INT8 in inference, exact in training.
 
-    python examples/torch_compile.py
+python examples/torch_compile.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Train with the quantisation simulated (3-bit weights, 8-bit activations), then make it real.
 
-    python examples/train_quantised.py
+python examples/train_quantised.py
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch._ops import HigherOrderOperator
 from torch._dynamo.exc import UserError
+from torch._ops import HigherOrderOperator
 from torch.export import Dim
 from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 from torch.utils import _pytree as pytree
@@ -72,7 +72,7 @@ def guess_dynamic(arguments: Mapping[str, Any]) -> list[DynamicShapes]:
     both: dict[str, Mapping[int, str]] = {}
     for n, v in tensors.items():
         token_like = v.dim() == 2 and not v.is_floating_point()
-        prefix = "decoder_" if n.startswith("decoder_") or n == "labels" and "decoder_input_ids" in tensors else ""
+        prefix = "decoder_" if n.startswith("decoder_") or (n == "labels" and "decoder_input_ids" in tensors) else ""
         both[n] = {0: "batch", 1: f"{prefix}sequence"} if token_like else {0: "batch"}
     return [both, batch, {}] if both != batch else [batch, {}]
 
@@ -155,9 +155,7 @@ def _export_within_limits(model: nn.Module, arguments: Mapping[str, Any], spec: 
         return torch.export.export(model, (), dict(arguments), dynamic_shapes=refined, strict=False)
 
 
-def _spec(
-    model: nn.Module, arguments: Mapping[str, Any], names: DynamicShapes, dims: Mapping[str, Dim]
-) -> Any:
+def _spec(model: nn.Module, arguments: Mapping[str, Any], names: DynamicShapes, dims: Mapping[str, Dim]) -> Any:
     """Dynamic dimensions in the nesting that export wants, which depends on where forward takes each argument."""
     shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     for name, by_dim in names.items():

@@ -197,8 +197,8 @@ def bench(
     batches, sequences = _numbers(batch), _numbers(seq)
     import torch
 
-    from .compress import compress as compress_model
     from .bench import bench as measure
+    from .compress import compress as compress_model
     from .inputs import as_arguments
     from .models import load_data, load_source
     from .progress import steps

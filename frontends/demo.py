@@ -30,9 +30,9 @@ from ..runtime.certificate import Certificate
 from ..runtime.compressed import Compressed
 from ..runtime.errors import ArtifactError, MissingDependencyError
 from ..runtime.report import differences, size
-from .compress import compress
 from .assets import MINILM, fetch, load_bbc, load_minilm
 from .bench import Bench, bench
+from .compress import compress
 from .page import write_page
 from .progress import Steps, steps
 from .retrieval import embed, paired_difference, retrieval_scores

@@ -20,6 +20,7 @@ from ..runtime.model import GraphModel
 from ..runtime.plan import Plan
 from ..runtime.program import Program
 from ..runtime.store import Store
+from .capture import DynamicShapes, capture
 from .compress import (
     RecipeSource,
     calibration_batches,
@@ -29,7 +30,6 @@ from .compress import (
     prepared,
     verification_inputs,
 )
-from .capture import DynamicShapes, capture
 from .inputs import as_arguments
 from .measure import measure
 from .recipe import Recipe

@@ -23,8 +23,8 @@ from ..runtime.program import Entry
 from ..runtime.report import MOST_ROWS, WIDE, block_of, size, spoken
 from ..runtime.scheme import Scheme
 from ..runtime.store import Store
-from .compress import RecipeSource
 from .capture import capture
+from .compress import RecipeSource
 from .inputs import as_arguments
 from .recipe import Recipe
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from models import ZOO
+from numerics import error
 from torch import nn
 
 import dwindle
-from models import ZOO
-from numerics import error
 
 EXACT = {"recipe": {}, "inner": "eager"}
 

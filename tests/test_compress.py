@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from models import ZOO
+from numerics import error
 from torch import nn
 
 import dwindle
 from dwindle.runtime.errors import CalibrationError, CaptureError, RecipeError, SchemeError
 from dwindle.runtime.qtensor import QTensor
-from models import ZOO
-from numerics import error
 
 W4_GROUP = {"quantize": [{"weight": {"bits": 4, "group_size": 8}}]}
 STATIC_LINEAR = {
@@ -193,9 +193,7 @@ def test_calibration_data_is_asked_for_and_checked() -> None:
     with pytest.raises(CalibrationError, match="empty"):
         dwindle.compress(model, STATIC_LINEAR, inputs=inputs, data=[])
     with pytest.raises(CalibrationError, match="finite"):
-        dwindle.compress(
-            model, STATIC_LINEAR, inputs=inputs, data=[{n: v * float("inf") for n, v in inputs.items()}]
-        )
+        dwindle.compress(model, STATIC_LINEAR, inputs=inputs, data=[{n: v * float("inf") for n, v in inputs.items()}])
 
 
 def test_calls_that_do_not_fit_say_what_does() -> None:
@@ -232,3 +230,13 @@ def test_labels_are_found_by_tools_that_read_the_signature() -> None:
     assert torch.equal(student(**labelled).loss, model(**labelled).loss)
     with torch.no_grad():
         assert student(**inputs).loss is None
+
+
+def test_grouped_filters_are_packed_as_they_lie() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3, groups=2)).eval()
+    recipe = {"quantize": [{"operators": ["conv2d"], "weight": {"bits": 4, "group_size": 9}}]}
+    small = dwindle.compress(model, recipe, inputs=torch.randn(2, 4, 9, 9))
+    assert len(small.plan) == 2
+    assert small.certificate.lowering_error < 1e-6
+    (program,) = small.variants.values()
+    assert len(program.calls(torch.ops.dwindle.dequantize.default)) == 2

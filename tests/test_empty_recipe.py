@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from models import ZOO
 from torch import Tensor, nn
 
 import dwindle
-from models import ZOO
 
 
 def _flat(value: Any) -> list[Tensor]:

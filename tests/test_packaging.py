@@ -24,9 +24,7 @@ def ours() -> set[str]:
     """Every file that must be installed, by its path in an installed dwindle."""
     files = {f"dwindle/{path.name}" for path in (ROOT / "dwindle").iterdir() if path.is_file()}
     for room in ROOMS:
-        files |= {
-            f"dwindle/{path.relative_to(ROOT)}" for path in (ROOT / room).rglob("*") if path.suffix in DATA
-        }
+        files |= {f"dwindle/{path.relative_to(ROOT)}" for path in (ROOT / room).rglob("*") if path.suffix in DATA}
     return files
 
 

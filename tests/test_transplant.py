@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from models import ZOO
 
 import dwindle
 from dwindle.frontends.transplant import TransplantError
 from dwindle.runtime.modules import QuantizedEmbedding, QuantizedLinear
 from dwindle.runtime.qtensor import QTensor
-from models import ZOO
 
 STATIC = {
     "quantize": [
