@@ -44,7 +44,8 @@ def capture(
 
     arguments: the call by parameter name; tensors of any size, constants as they are.
     dynamic_shapes: names of the dimensions that may vary, by argument name and dimension (arguments that this
-        call lacks are passed over); None guesses batch and sequence and falls back to fewer where the model fixes them; {} keeps all sizes.
+        call lacks are passed over); None guesses batch and sequence and falls back to fewer where the model
+        fixes them; {} keeps all sizes.
     The model's training flags are put back. Raises CaptureError naming the line that cannot be captured.
     """
     widened = {name: _widen(value) for name, value in arguments.items()}

@@ -79,7 +79,7 @@ def _scheme(value: Tensor | QTensor | None) -> str:
 
 
 def _dispatch(program: Program, inputs: Sequence[Tensor]) -> dict[str, tuple[str, str, tuple[str, ...]]]:
-    """By weight: the operator that reads it, the kernel that serves on the values it really gets, and why not others."""
+    """By weight: the operator that reads it, the kernel that serves the values it really gets, why not others."""
     served: dict[str, tuple[str, str, tuple[str, ...]]] = {}
 
     def look(node: fx.Node, args: tuple[Any, ...], value: Any) -> Any:
