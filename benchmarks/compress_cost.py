@@ -41,7 +41,7 @@ from rich.table import Table
 from torch import nn
 
 import dwindle
-from dwindle.frontends import api
+from dwindle.frontends import compress as steps
 from dwindle.passes.driver import Driver, Pass
 
 LAYERS, QUICK = (6, 12, 24), (2, 4)
@@ -135,7 +135,7 @@ def watch_stages(spans: Spans, stack: ExitStack) -> None:
     stack.enter_context(patch.object(Driver, "_run", spans.watched("verification", Driver._run)))
     names = {"capture": "capture", "lowering_error": "certificate: lowering", "certify": "certificate: the rest"}
     for function, name in names.items():
-        stack.enter_context(patch.object(api, function, spans.watched(name, getattr(api, function))))
+        stack.enter_context(patch.object(steps, function, spans.watched(name, getattr(steps, function))))
 
 
 def measure_here(layers: int, recipe: str) -> dict[str, Any]:
@@ -211,7 +211,7 @@ def show(points: dict[int, dict[str, Any]], recipe: str) -> None:
             f"<= {TARGET_PEAK} {'met' if peak_met else 'missed'}" if aimed else "",
             *(f"{r['after']:.2f}", f"{r['first use']['CPU s']:.1f}"),
         )
-    stages = Table(title="By stage: CPU s, and peak above the loaded model in times its bytes", title_justify="left")
+    stages = Table(title="By stage: CPU s, peak / model", title_justify="left")
     stages.add_column("stage")
     for layers in points:
         stages.add_column(f"{layers} layers", justify="right")

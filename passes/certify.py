@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from ..runtime.certificate import Certificate, Layer
+from ..runtime.errors import CertificateError
 from ..runtime.ops.catalog import SIMULATED, by_overload
 from ..runtime.program import Program
 from ..runtime.qtensor import QTensor
@@ -20,18 +21,18 @@ from .watch import watch
 
 def certify(
     finished: Program,
-    original: Program,
+    reference: Program,
     inputs: Sequence[Tensor],
     sizes: Mapping[str, int],
     lowering: float,
     output: Difference,
 ) -> Certificate:
-    """The certificate of `finished`, run on `inputs` beside `original`.
+    """The certificate of `finished`, run on `inputs` beside `reference`, whose sites carry the same names.
 
     sizes: bytes of each of the model's tensors before, by stored name.
     """
     kernels = _dispatch(finished, inputs)
-    errors = _layer_errors(finished, original, inputs)
+    errors = _layer_errors(finished, reference, inputs)
     layers = []
     now = dict(finished.store.entries())
     for name in sorted({*sizes, *now}):
@@ -50,17 +51,34 @@ def certify(
                 error=errors.get(name),
             )
         )
-    simulated = len(finished.calls(*(operator.overload for operator in SIMULATED)))
     shapes = ", ".join(f"{s.name} {list(t.shape)}" for s, t in zip(finished.contract.inputs, inputs, strict=True))
     return Certificate(
         layers=tuple(layers),
-        simulated=simulated,
+        simulated=len(simulated(finished)),
         graph_breaks=sum(n.op == "call_module" for n in finished.graph.nodes),
         lowering_error=lowering,
         output_error=output.to_json(),
         inputs=shapes,
         torch=torch.__version__,
     )
+
+
+def simulated(program: Program) -> list[fx.Node]:
+    """Nodes that only simulate quantisation."""
+    return program.calls(*(operator.overload for operator in SIMULATED))
+
+
+def require_real(program: Program) -> None:
+    """Raise CertificateError, naming the layers, when a lowered program still simulates something."""
+    left = simulated(program)
+    if left:
+        users = [user.meta[SITE][0] for node in left for user in node.users if SITE in user.meta]
+        raise CertificateError(
+            "some layers have no integer form on this target",
+            required="no node that only simulates quantisation",
+            found=f"{len(left)}, read by {', '.join(users) or 'no layer'}",
+            cure="exclude these layers in the recipe; the log has the reason for each",
+        )
 
 
 def tensor_sizes(program: Program) -> dict[str, int]:
@@ -127,9 +145,9 @@ def _site_values(
     return values, errors
 
 
-def _layer_errors(finished: Program, original: Program, inputs: Sequence[Tensor]) -> dict[str, float]:
+def _layer_errors(finished: Program, reference: Program, inputs: Sequence[Tensor]) -> dict[str, float]:
     """Relative L2 error of each site's output, both programs run from the same inputs: errors accumulate."""
-    before, _ = _site_values(original, inputs)
+    before, _ = _site_values(reference, inputs)
     after, _ = _site_values(finished, inputs)
     return {call[0]: difference([before[call]], [after[call]]).relative for call in after if call in before}
 

@@ -15,6 +15,7 @@ from ..runtime.plan import Plan, Quantize, input_scale_name, input_zero_name
 from ..runtime.program import Program
 from ..runtime.store import Store
 from .canonicalize import TO_LINEAR, canonicalize
+from .certify import require_real
 from .driver import Driver, Pass
 from .fold import fold_batch_norm, fold_constants
 from .lower import lower
@@ -33,6 +34,7 @@ class Job:
     target: the store of the finished model, which also keeps calibrated ranges between variants
     batches: flat inputs for calibration, asked for only where something is static
     trains: the program's store is trained, so no weight in it may be rewritten
+    reference: the program in floating point as it was when quantisation was inserted, to compare layers with
     """
 
     rules: Sequence[QuantizeRule] = ()
@@ -41,6 +43,7 @@ class Job:
     batches: Callable[[], Iterable[Sequence[Tensor]]] = tuple
     observer: MakeObserver = Observer
     trains: bool = False
+    reference: Program | None = None
 
     def wants(self, operator: str) -> bool:
         """Whether anything quantises this operator, so that approximate rules for it are worth their rounding."""
@@ -91,11 +94,14 @@ def _calibrate(program: Program, job: Job) -> Program:
 
 
 def _insert(program: Program, job: Job) -> Program:
+    job.reference = program.copy()
     return insert(program, job.plan or Plan())
 
 
 def _lower(program: Program, job: Job) -> Program:
-    return lower(program, tuple(job.plan or ()), job.target)
+    lowered = lower(program, tuple(job.plan or ()), job.target)
+    require_real(lowered)
+    return lowered
 
 
 PREPARE: tuple[Stage, ...] = (

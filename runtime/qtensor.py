@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
@@ -45,12 +45,12 @@ class QTensor(nn.Module):
         """
         require_finite(weight)
         with torch.no_grad():
-            params = params or numerics.parameters(weight, scheme)
-            codes = numerics.quantize(weight, params, scheme, key=key)
-            packed = pack(codes.reshape(codes.shape[0], -1), scheme).contiguous()
-        # Clones: `refresh` writes into its own buffers, never into the caller's parameters.
-        zero_point = None if params.zero_point is None else params.zero_point.clone()
-        return QTensor(packed, params.scale.clone(), zero_point, scheme, tuple(weight.shape))
+            # Some rows at a time, so that no temporary is as large as an embedding table.
+            parts = numerics.chunks(weight, scheme) if params is None else [slice(None)]
+            made = [_packed(weight[part], scheme, params, key) for part in parts]
+        zeros = [p.zero_point for _, p in made if p.zero_point is not None]
+        packed, scale = _joined([codes for codes, _ in made]), _joined([p.scale for _, p in made])
+        return QTensor(packed, scale, _joined(zeros) if zeros else None, scheme, tuple(weight.shape))
 
     @property
     def params(self) -> Params:
@@ -90,6 +90,17 @@ class QTensor(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.scheme.spell()}, shape={self.shape}, {self.nbytes} bytes"
+
+
+def _packed(weight: Tensor, scheme: Scheme, params: Params | None, key: int | None) -> tuple[Tensor, Params]:
+    params = params or numerics.parameters(weight, scheme)
+    codes = numerics.quantize(weight, params, scheme, key=key)
+    return pack(codes.reshape(codes.shape[0], -1), scheme), params
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """On memory of its own: `refresh` writes into a QTensor's buffers, never into the caller's parameters."""
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0].clone(memory_format=torch.contiguous_format)
 
 
 def require_finite(weight: Tensor, name: str = "weight") -> None:

@@ -20,7 +20,7 @@ from dwindle.runtime.ops.catalog import OPS, SIMULATED, by_overload
 from dwindle.runtime.ops.operator import NAMESPACE, Kernel, Operator
 from dwindle.runtime.ops.qconv2d import QCONV2D
 from dwindle.runtime.ops.qlinear import QLINEAR, QLINEAR_WEIGHT_ONLY
-from dwindle.runtime.ops.quantize import QUANTIZE_DYNAMIC, QUANTIZE_STATIC
+from dwindle.runtime.ops.quantize import FAKE_QUANTIZE, QUANTIZE_DYNAMIC, QUANTIZE_STATIC
 from dwindle.runtime.qtensor import QTensor
 from dwindle.runtime.scheme import A8_TENSOR, A8_TOKEN, Scheme
 
@@ -113,7 +113,7 @@ def test_static_asymmetric_is_the_contract_less_128() -> None:
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 40])
 def test_chunks_do_not_show(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are taken 16 at a time; the edges of chunks are where a slip would be."""
-    monkeypatch.setattr("dwindle.runtime.ops.quantize.CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr("dwindle.runtime.numerics.CHUNK_ELEMENTS", 1)
     x, w = random(rows, 7) * 5, QTensor.quantize(random(5, 7, seed=1), Scheme())
     assert all(map(torch.equal, ops.quantize_dynamic(x, "token"), QUANTIZE_DYNAMIC.reference(x, "token")))
     scale = torch.tensor(0.01)
@@ -121,6 +121,33 @@ def test_chunks_do_not_show(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     codes, s = ops.quantize_dynamic(x, "token")
     args = (codes, s, *of_weight(w), random(5, seed=2), w.scheme.spell(), torch.float32)
     assert torch.equal(ops.qlinear(*args), QLINEAR.reference(*args))
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 40])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        Scheme(),
+        Scheme(bits=4, granularity="tensor"),
+        Scheme(bits=4, kind="asymmetric", granularity="group", group_size=4),
+        Scheme(bits=2, kind="ternary"),
+    ],
+    ids=Scheme.spell,
+)
+def test_chunks_do_not_show_in_weights(scheme: Scheme, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither without a gradient nor packed; both are taken some rows at a time."""
+    monkeypatch.setattr("dwindle.runtime.numerics.CHUNK_ELEMENTS", 1)
+    for w in (random(rows, 8) * 5, random(8, rows).t(), random(rows, 2, 2, 2)):
+        expected = FAKE_QUANTIZE.reference(w, None, None, scheme.spell())
+        assert torch.equal(ops.fake_quantize(w, None, None, scheme.spell()), expected)
+        assert torch.equal(QTensor.quantize(w, scheme).dequantize(), expected)
+
+
+def test_a_wanted_gradient_takes_the_reference() -> None:
+    w = random(4, 8).requires_grad_()
+    assert FAKE_QUANTIZE.explain(w, None, None, Scheme().spell())[0] == "reference"
+    with torch.no_grad():
+        assert FAKE_QUANTIZE.explain(w, None, None, Scheme().spell())[0] == "cpu chunked"
 
 
 @pytest.mark.parametrize("lead", LEADS)

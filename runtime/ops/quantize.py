@@ -17,14 +17,10 @@ from ..numerics import Params
 from ..scheme import A8_TENSOR, A8_TOKEN, Scheme
 from .operator import Kernel, Operator
 
-# Rows that a CPU kernel takes at a time: temporaries of about 1 MiB stay in the L2 cache and are reused by the
-# allocator, where whole-tensor temporaries cost fresh pages (1024x1536: 5.2 ms against 1.0, one EPYC core).
-CHUNK_ELEMENTS = 1 << 18
-
 
 def chunk_rows(columns: int) -> int:
     """Rows of `columns` fp32 elements that make about 1 MiB."""
-    return max(16, CHUNK_ELEMENTS // max(columns, 1))
+    return max(16, numerics.CHUNK_ELEMENTS // max(columns, 1))
 
 
 def _dynamic_reference(x: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
@@ -84,6 +80,24 @@ def _fake(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, scheme: st
     return numerics.fake_quantize(x, Scheme.parse(scheme), params)
 
 
+@torch.no_grad()
+def _fake_cpu(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, scheme: str) -> Tensor:
+    parsed, out = Scheme.parse(scheme), torch.empty(x.shape, dtype=x.dtype)
+    for part in numerics.chunks(x, parsed):
+        rows = x[part]
+        params = numerics.parameters(rows, parsed) if scale is None else Params(scale, zero_point)
+        out[part] = numerics.dequantize(numerics.quantize(rows, params, parsed), params, parsed)
+    return out
+
+
+def _without_gradient(x: Tensor, scale: Tensor | None, *_: object) -> str | None:
+    if x.device.type != "cpu" or x.dim() == 0:
+        return "needs a CPU tensor"
+    if scale is not None and scale.dim() > 0:
+        return "needs ranges per tensor, or none"
+    return "needs no gradient" if torch.is_grad_enabled() and x.requires_grad else None
+
+
 QUANTIZE_DYNAMIC = Operator(
     name="quantize_dynamic",
     schema="(Tensor x, str granularity) -> (Tensor, Tensor)",
@@ -102,4 +116,5 @@ FAKE_QUANTIZE = Operator(
     name="fake_quantize",
     schema="(Tensor x, Tensor? scale, Tensor? zero_point, str scheme) -> Tensor",
     reference=_fake,
+    kernels=(Kernel(name="cpu chunked", serves=_without_gradient, run=_fake_cpu),),
 )
