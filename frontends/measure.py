@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import time
@@ -30,8 +31,9 @@ def measure(model: nn.Module, compressed: Compressed, arguments: Mapping[str, An
 
 
 def machine() -> str:
-    """Processor, threads and versions, as one line."""
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    """Processor, threads, load average and version, as one line: a busy machine gives wide times."""
+    chip = platform.processor() or platform.machine()
+    return f"{chip}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}"
 
 
 def _batches(compressed: Compressed) -> tuple[int, ...]:

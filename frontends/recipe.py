@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ..passes.quantize.decide import QuantizeRule
 from ..passes.quantize.observers import Method, Observer
 from ..runtime.errors import MissingDependencyError, RecipeError, SchemeError
-from ..runtime.scheme import Granularity, Kind, Rounding, Scheme
+from ..runtime.scheme import Granularity, Kind, Scheme
 
 
 class _Strict(BaseModel):
@@ -32,17 +32,21 @@ class WeightSettings(_Strict):
     kind: Kind = "symmetric"
     granularity: Granularity | None = None
     group_size: int | None = None
-    rounding: Rounding = "nearest"
 
     def scheme(self) -> Scheme:
         """As the runtime's value. Raises SchemeError on a contradiction."""
         granularity = self.granularity or ("group" if self.group_size else "channel")
+        if self.bits > 8 or granularity == "token":
+            raise SchemeError(
+                "weights",
+                required="at most 8 bits, one scale per tensor, channel or group",
+                found=f"{self.bits} bits per {granularity}",
+            )
         return Scheme(
             bits=self.bits,
             kind=self.kind,
             granularity=granularity,
             group_size=self.group_size,
-            rounding=self.rounding,
         )
 
 
