@@ -9,7 +9,6 @@ Inputs are the example's, repeated or cut to the batch and sequence asked for; w
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -112,13 +111,13 @@ def bench(
         sequences = (None,)
     shapes = [(batch, sequence) for batch in batches for sequence in sequences]
     timings: list[Timing] = []
-    busy = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"  # latencies of a busy machine mean little
+    where = machine()  # before the timing, which is load too
     for done, (batch, sequence) in enumerate(shapes):
         if progress is not None:
             progress(done, len(shapes))
         call = shaped(arguments, batch, sequence)
         timings += _at(contenders, call, batch, sequence or _tokens(named, call), seconds, may_fail)
-    return Bench(tuple(timings), f"{machine()}, {busy}")
+    return Bench(tuple(timings), where)
 
 
 def shaped(arguments: Mapping[str, Any], batch: int, sequence: int | None) -> dict[str, Any]:

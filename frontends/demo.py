@@ -146,7 +146,6 @@ def _run(folder: Path, out: Path, quick: bool, stage: Steps) -> DemoFigures:
         weights = fetch(MINILM, quiet=True) / MINILM.key
         model, tokenizer = load_minilm(quiet=True)
         headlines, bodies = load_bbc(distinct=True, quiet=True)
-    model.config.use_cache = False  # type: ignore[union-attr]  # plain calls are then the captured one
     count = QUICK_DOCUMENTS if quick else DOCUMENTS
     headlines, bodies = headlines[:count], bodies[:count]
     example = dict(tokenizer(bodies[:2], padding=True, truncation=True, max_length=TOKENS, return_tensors="pt"))

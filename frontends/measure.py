@@ -22,12 +22,13 @@ LEAST_RUNS, MOST_RUNS = 5, 200
 
 def measure(model: nn.Module, compressed: Compressed, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """p50 and p95 of both models in seconds at each batch size, calls interleaved; and what machine it was."""
+    where = machine()  # before the timing, which is load too
     with in_mode(model, False):
         rows = [
             _row(model, compressed, batch, {name: _batched(value, batch) for name, value in arguments.items()})
             for batch in _batches(compressed)
         ]
-    return {"latency": rows, "machine": machine()}
+    return {"latency": rows, "machine": where}
 
 
 def machine() -> str:

@@ -86,7 +86,6 @@ def load_source(named: str) -> Source:
             found=type(model).__name__,
         )
     model.eval()
-    _without_cache(model)
     if inputs is None:
         inputs = _examples(named, model)
     return Source(named.partition(":")[2], model, inputs)
@@ -163,16 +162,8 @@ def _from_directory(path: Path) -> Source:
             found=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}",
             cure="see --debug",
         ) from error
-    _without_cache(model)
     inputs = _tokenized(model, tokenizer) if tokenizer is not None else None
     return Source(path.resolve().name, model, inputs or _examples(str(path), model), tokenizer)
-
-
-def _without_cache(model: nn.Module) -> None:
-    """A cache is not a tensor, so a graph has none; said in the config, plain calls are the captured one."""
-    config = getattr(model, "config", None)
-    if getattr(config, "use_cache", False):
-        config.use_cache = False  # type: ignore[union-attr]
 
 
 def _examples(named: str, model: nn.Module) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
@@ -51,6 +52,11 @@ def fake_value(mode: FakeTensorMode, target: Callable[..., Any], args: Any, kwar
 def fake_tensor(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
     """A static stand-in for a real tensor."""
     return mode.from_tensor(tensor, static_shapes=True)
+
+
+def record_values(module: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
+    """Write `meta["val"]` on every node, as it is for inputs of this shape; nothing is computed."""
+    FakeTensorProp(module, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*inputs)
 
 
 def module_path(node: fx.Node) -> str:

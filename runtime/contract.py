@@ -77,6 +77,20 @@ class Contract:
             cure="capture with inputs of this shape, or name the dimension in dynamic_shapes",
         )
 
+    def example(self) -> list[Tensor]:
+        """Zeros of a size that fits: each named dimension its own, within its limits."""
+        sizes: dict[str, int] = {}
+        for spec in self.inputs:
+            for name in (d for d in spec.shape if isinstance(d, str)):
+                low, high = self.limits.get(name, (1, None))
+                wanted = max(2 + 3 * len(sizes), low)
+                sizes.setdefault(name, wanted if high is None else min(wanted, high))
+        shapes = ([sizes[d] if isinstance(d, str) else d for d in spec.shape] for spec in self.inputs)
+        return [
+            torch.zeros(shape, dtype=getattr(torch, spec.dtype))
+            for spec, shape in zip(self.inputs, shapes, strict=True)
+        ]
+
     def describe(self) -> str:
         """One line: mode, and the arguments with their shapes or constants."""
         shapes = iter(self.inputs)

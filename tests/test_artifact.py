@@ -359,3 +359,11 @@ def test_tensors_without_plain_values_are_named(tensor: Tensor, tmp_path: Path) 
     with pytest.raises(ArtifactError, match="'odd' cannot be saved"):
         model.save(tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_loaded_model_exports(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+    model, inputs = ZOO["bert"]()
+    dwindle.compress(model, inputs=inputs).save(tmp_path / "small")
+    loaded = dwindle.load(tmp_path / "small")
+    assert loaded.export_onnx(tmp_path / "small.onnx").stat().st_size > 0

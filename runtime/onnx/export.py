@@ -62,6 +62,7 @@ def export_onnx(
     path = Path(path)
     _require(provider, precision, path, model.device)
     program, given = _variant(model, inputs)
+    program.infer()
     examples = [given, smaller(program.contract, given)] if given else batches(program)
     recipe = getattr(model, "recipe", {})
     with _quiet(), tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
