@@ -72,7 +72,9 @@ def commit() -> str:
     head = _git("rev-parse", "--short", "HEAD")
     if head is None:
         return "unversioned"
-    changes = _git("diff", "HEAD", "--", *SOURCES)
+    changes = _git("diff", "HEAD", "--", *SOURCES) or ""
+    for name in (_git("ls-files", "--others", "--exclude-standard", "--", *SOURCES) or "").splitlines():
+        changes += f"\n{name}\n{(HERE.parent / name).read_text(errors='replace')}"
     return head if not changes else f"{head}+{hashlib.sha256(changes.encode()).hexdigest()[:6]}"
 
 
