@@ -14,6 +14,10 @@ from .contract import Contract
 from .store import Store, view
 
 
+# What a new node takes over from the one it stands for: where in the model it came from.
+_KEPT = ("nn_module_stack", "stack_trace")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """One line of a log: a rewrite applied or declined, and why."""
@@ -97,11 +101,18 @@ class Program:
         """A new call before `like`, with its value inferred and its module path taken over."""
         with self.graph.inserting_before(like):
             node = self.graph.call_function(target, args, kwargs)
-        node.meta = {k: v for k, v in like.meta.items() if k in ("nn_module_stack", "stack_trace")}
+        node.meta = {k: v for k, v in like.meta.items() if k in _KEPT}
         mode = compat.fake_mode_of(self.graph)
         if mode is not None:
             values = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
             node.meta["val"] = compat.fake_value(mode, target, *values)
+        return node
+
+    def emit_alike(self, target: Callable[..., Any], x: fx.Node, *args: Any, like: fx.Node) -> fx.Node:
+        """`emit` of a call on `x` that keeps its shape and dtype: the value is not inferred but taken over."""
+        with self.graph.inserting_before(like):
+            node = self.graph.call_function(target, (x, *args))
+        node.meta = {k: v for k, v in like.meta.items() if k in _KEPT} | {k: v for k, v in x.meta.items() if k == "val"}
         return node
 
     def infer(self) -> None:

@@ -67,7 +67,7 @@ def _insert_activation(
 
 
 def _fake(program: Program, x: fx.Node, scale: Any, zero: Any, scheme: str, before: fx.Node) -> fx.Node:
-    return program.emit(FAKE_QUANTIZE.overload, x, scale, zero, scheme, like=before)
+    return program.emit_alike(FAKE_QUANTIZE.overload, x, scale, zero, scheme, like=before)
 
 
 def _equal(a: list[Tensor], b: list[Tensor]) -> bool:
