@@ -9,31 +9,26 @@ Sides, all files for the same CPU provider:
     fast, accurate dwindle.compress(model, "zeroquant-w8a8") exported with either precision
 
 Time is CPU time of one batch, the least of all rounds, sides taken in turn within a round. Error is relative L2
-of last_hidden_state over real tokens against PyTorch fp32. Each point is written when it is done, to
-benchmarks/results/onnx_cpu-<commit>.json, and skipped when it is there already.
+of last_hidden_state over real tokens against PyTorch fp32.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import os
-import platform
-import subprocess
 import tempfile
-import time
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+import timing  # before torch
 
+# isort: split
 import onnx
-import onnxruntime
 import torch
 from onnxruntime.quantization import quantize_dynamic
+from results import Results
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -43,7 +38,6 @@ from dwindle.frontends.assets import load_bbc, load_minilm
 from dwindle.runtime.onnx.check import session
 
 RECIPE = "zeroquant-w8a8"
-RESULTS = Path(__file__).parent / "results"
 # texts, tokens they are cut or padded to
 POINTS = {"full": (8, 128), "padded": (8, 128), "one": (1, 128), "short": (1, 16)}
 SIDES = ("fp32", "peer", "peer_ts", "fast", "accurate")
@@ -109,12 +103,8 @@ def measure(files: dict[str, Path], model: nn.Module, batches: list[dict[str, Te
     """{side: {"ms", "error"}} over the same inputs in one run."""
     sessions = {side: session(path) for side, path in files.items()}
     feeds = [{name: t.numpy() for name, t in batch.items()} for batch in batches]
-    best = dict.fromkeys(sessions, float("inf"))
-    for _ in range(rounds):
-        for side, made in sessions.items():
-            started = time.thread_time()
-            made.run([made.get_outputs()[0].name], feeds[0])
-            best[side] = min(best[side], time.thread_time() - started)
+    calls = {side: lambda s=made: s.run([s.get_outputs()[0].name], feeds[0]) for side, made in sessions.items()}
+    times = timing.interleaved(calls, rounds)
     with torch.no_grad():
         expected = [model(**batch).last_hidden_state for batch in batches]
     results = {}
@@ -125,7 +115,8 @@ def measure(files: dict[str, Path], model: nn.Module, batches: list[dict[str, Te
             actual = torch.from_numpy(made.run([made.get_outputs()[0].name], feed)[0])
             wrong += float((actual - hidden)[real].double().square().sum())
             norm += float(hidden[real].double().square().sum())
-        results[side] = {"ms": best[side] * 1e3, "error": (wrong / norm) ** 0.5, "mb": files[side].stat().st_size / 1e6}
+        size = files[side].stat().st_size / 1e6
+        results[side] = {"ms": times[side]["least"], "error": (wrong / norm) ** 0.5, "mb": size}
     return results
 
 
@@ -146,43 +137,44 @@ def show(results: dict[str, Any]) -> None:
     Console(width=100).print(table)
 
 
-def results_file() -> Path:
-    """Named after the commit."""
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
-    return RESULTS / f"onnx_cpu-{done.stdout.strip() if done.returncode == 0 else 'uncommitted'}.json"
+class Files:
+    """Every side's file, written when the first point needs them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model, self.tokenizer = load_minilm(quiet=True)
+        self._files: dict[str, Path] = {}
+
+    def measured(self, point: str, rounds: int) -> dict[str, Any]:
+        """One point."""
+        if not self._files:
+            self._files = build(self.folder, self.model, encode(self.tokenizer, texts("full")[0], 128))
+        batches = [encode(self.tokenizer, batch, POINTS[point][1]) for batch in texts(point)]
+        return measure(self._files, self.model, batches, rounds)
 
 
 def main() -> None:
     """Measure the points that are not there yet, and print all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--points", nargs="+", choices=list(POINTS), default=list(POINTS))
+    parser.add_argument("--again", action="store_true", help="measure what is there already as well")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    timing.one_thread()
     logging.getLogger().setLevel(logging.ERROR)
-    RESULTS.mkdir(exist_ok=True)
-    file = results_file()
-    configuration = {
-        "recipe": RECIPE,
-        "rounds": arguments.rounds,
-        "onnxruntime": onnxruntime.__version__,
-        "torch": torch.__version__,
-        "machine": platform.processor() or platform.machine(),
-    }
-    stored = json.loads(file.read_text()) if file.exists() else {}
-    if stored.get("configuration") != configuration:
-        stored = {"configuration": configuration, "points": {}}
-    missing = [point for point in arguments.points if point not in stored["points"]]
-    if missing:
-        model, tokenizer = load_minilm(quiet=True)
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            files = build(Path(folder), model, encode(tokenizer, texts("full")[0], 128))
-            for point in missing:
-                batches = [encode(tokenizer, batch, POINTS[point][1]) for batch in texts(point)]
-                stored["points"][point] = measure(files, model, batches, arguments.rounds)
-                file.write_text(json.dumps(stored, indent=1))
-    show(stored["points"])
+    results = Results("onnx_cpu", again=arguments.again)
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        files = Files(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        points = {
+            point: results.point(
+                {"point": point, "recipe": RECIPE, "rounds": arguments.rounds},
+                lambda point=point: files.measured(point, arguments.rounds),
+            )
+            for point in arguments.points
+        }
+    show(points)
 
 
 if __name__ == "__main__":
