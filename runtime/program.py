@@ -13,7 +13,6 @@ from . import compat
 from .contract import Contract
 from .store import Store, view
 
-
 # What a new node takes over from the one it stands for: where in the model it came from.
 _KEPT = ("nn_module_stack", "stack_trace")
 
