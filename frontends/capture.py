@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -31,6 +32,9 @@ from ..runtime.structure import describe, flatten
 
 DynamicShapes = Mapping[str, Mapping[int, str]]
 
+# Capturing borrows the model's `forward` and training flags and torch.export's global state: one at a time.
+_CAPTURING = threading.RLock()
+
 
 def capture(
     model: nn.Module,
@@ -48,16 +52,16 @@ def capture(
         fixes them; {} keeps all sizes.
     The model's training flags are put back. Raises CaptureError naming the line that cannot be captured.
     """
-    widened = {name: _widen(value) for name, value in arguments.items()}
+    alone = all(v.shape[0] == 1 for v in arguments.values() if isinstance(v, Tensor) and v.dim() > 0)
+    widened = {name: _widen(value, alone) for name, value in arguments.items()}
     structure, tensors = flatten(dict(widened))
     candidates = guess_dynamic(widened)
     if dynamic_shapes is not None:
         candidates = [{name: dims for name, dims in dynamic_shapes.items() if name in widened}]
-    with in_mode(model, training), _taking_tensors(model, widened) as given:
-        exported, dims = _export(model, given, candidates)
-    module = exported.module()
+    with _CAPTURING, in_mode(model, training), _taking_tensors(model, widened) as given:
+        module, ranges, dims = _export(model, given, {n: arguments[n] for n in given}, candidates)
     graph, output = _flat_graph(module, store)
-    inputs, limits = _inputs(graph, structure, tensors, dims, exported.range_constraints)
+    inputs, limits = _inputs(graph, structure, tensors, dims, ranges)
     contract = Contract(training, structure, inputs, output, limits)
     return Program.of(graph, store, contract)
 
@@ -69,18 +73,18 @@ def guess_dynamic(arguments: Mapping[str, Any]) -> list[DynamicShapes]:
     embeddings beside them, is the sequence.
     """
     tensors = {n: v for n, v in arguments.items() if isinstance(v, Tensor) and v.dim() > 0}
-    batch = {n: {0: "batch"} for n in tensors}
+    batch = {n: {0: "batch"} for n, v in tensors.items() if v.shape[0] != 1}
     both: dict[str, Mapping[int, str]] = {}
     for n, v in tensors.items():
         token_like = v.dim() == 2 and not v.is_floating_point()
         prefix = "decoder_" if n.startswith("decoder_") or (n == "labels" and "decoder_input_ids" in tensors) else ""
-        both[n] = {0: "batch", 1: f"{prefix}sequence"} if token_like else {0: "batch"}
+        both[n] = {**batch.get(n, {}), **({1: f"{prefix}sequence"} if token_like else {})}
     return [both, batch, {}] if both != batch else [batch, {}]
 
 
-def _widen(value: Any) -> Any:
-    """Export fixes sizes of 1; repeat such leading dimensions so that they stay free."""
-    if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == 1:
+def _widen(value: Any, alone: bool) -> Any:
+    """Export fixes sizes of 1; repeat a batch of 1 so that it stays free. Beside a larger batch a 1 broadcasts."""
+    if alone and isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == 1:
         value = value.repeat(2, *(1 for _ in value.shape[1:]))
     if isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] == 1 and not value.is_floating_point():
         value = value.repeat(1, 2)
@@ -125,13 +129,15 @@ def _taking_tensors(model: nn.Module, arguments: Mapping[str, Any]) -> Iterator[
 
 
 def _export(
-    model: nn.Module, arguments: Mapping[str, Any], candidates: list[DynamicShapes]
-) -> tuple[torch.export.ExportedProgram, DynamicShapes]:
+    model: nn.Module, widened: Mapping[str, Any], fixed: Mapping[str, Any], candidates: list[DynamicShapes]
+) -> tuple[fx.GraphModule, Mapping[Any, Any], DynamicShapes]:
     failure: Exception | None = None
     for names in candidates:
+        arguments = widened if names else fixed
         dims = {name: Dim(name) for shapes in names.values() for name in shapes.values()}
         try:
-            return _export_within_limits(model, arguments, _spec(model, arguments, names, dims)), names
+            exported = _export_within_limits(model, arguments, _spec(model, arguments, names, dims))
+            return exported.module(), exported.range_constraints, names
         except Exception as error:  # whatever the model's code or export raises is the reason to report
             failure = failure or error
     assert failure is not None

@@ -44,6 +44,11 @@ class _Readable(TyperGroup):
                 raise
             Console(stderr=True).print(panel(error))
             ctx.exit(1)
+        except OSError as error:  # no space, no permission, no such device
+            if ctx.find_root().meta.get(DEBUG):
+                raise
+            Console(stderr=True).print(panel(ArtifactError("a file cannot be read or written", found=error)))
+            ctx.exit(1)
 
 
 def panel(error: DwindleError) -> Panel:

@@ -22,11 +22,19 @@ def as_arguments(model: nn.Module, inputs: Any) -> dict[str, Any]:
     inputs: a mapping of keyword arguments, a tuple of positional ones, one tensor, or None, which makes up
     an example for a transformers model.
     """
+    if not isinstance(model, nn.Module):
+        raise CaptureError("no model", required="a torch.nn.Module", found=type(model).__name__)
     signature = Signature.of(model)
     if inputs is None:
         inputs = example_inputs(model)
     if isinstance(inputs, Tensor):
         inputs = (inputs,)
+    if not (isinstance(inputs, tuple | list) or _has_names(inputs)):
+        raise CaptureError(
+            "example inputs of an unknown type",
+            required="a dict of keyword arguments, a tuple of positional ones, or a tensor",
+            found=type(inputs).__name__,
+        )
     args, kwargs = (inputs, {}) if isinstance(inputs, tuple | list) else ((), dict(inputs))
     return signature.bind(tuple(args), kwargs)
 
@@ -65,18 +73,22 @@ def flat_batches(program: Program, signature: Signature, data: Iterable[Any]) ->
     wanted = program.contract.arguments["items"]
     for batch in data:
         args = (batch,) if isinstance(batch, Tensor) else tuple(batch) if isinstance(batch, tuple | list) else ()
-        kwargs = dict(batch) if isinstance(batch, Mapping) or hasattr(batch, "keys") else {}
+        kwargs = {n: v for n, v in dict(batch).items() if n in wanted} if _has_names(batch) else {}
         bound = {**_constants(wanted), **signature.bind(args, kwargs)}
         structure, tensors = bind_call(signature, (), {k: v for k, v in bound.items() if k in wanted})
         if call_key(program.contract.training, structure) != program.contract.key:
             raise CalibrationError(
                 "a batch of calibration data does not fit the captured call",
                 required=", ".join(wanted),
-                found=", ".join(bound),
+                found=", ".join(bound) or type(batch).__name__,
                 cure="give batches with the same arguments as inputs=",
             )
         program.contract.check(tensors)
         yield tensors
+
+
+def _has_names(value: Any) -> bool:
+    return isinstance(value, Mapping) or hasattr(value, "keys")  # BatchEncoding has keys and is no Mapping
 
 
 def _constants(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -128,6 +128,12 @@ class Recipe(_Strict):
             return source
         if isinstance(source, Mapping):
             return _validated(dict(source))
+        if not isinstance(source, str | Path):
+            raise RecipeError(
+                "a recipe of an unknown type",
+                required="a preset's name, a file's path, a dict or a Recipe",
+                found=type(source).__name__,
+            )
         text = str(source)
         for preset in PRESETS:
             if preset.name == text:
@@ -200,7 +206,7 @@ def _fields_at(path: tuple[int | str, ...]) -> list[str]:
         "activation": ActivationSettings,
         "calibration": Calibration,
     }
-    names = [part for part in path if isinstance(part, str)]
+    names = [part for part in path if part in inside]
     return list((inside[names[-1]] if names else Recipe).model_fields)
 
 

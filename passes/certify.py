@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from ..runtime.certificate import Certificate, Layer
 from ..runtime.errors import CertificateError
 from ..runtime.ops.catalog import SIMULATED, by_overload
-from ..runtime.program import Program
+from ..runtime.program import Program, value_of
 from ..runtime.qtensor import QTensor
 from .quantize.insert import SITE
 from .quantize.sites import find_sites
@@ -60,7 +60,13 @@ def certify(
         output_error=output.to_json(),
         inputs=shapes,
         torch=torch.__version__,
+        rounding=max((torch.finfo(dtype).eps for dtype in _dtypes(finished)), default=0.0),
     )
+
+
+def _dtypes(program: Program) -> set[torch.dtype]:
+    """Of the results of lowered calls."""
+    return {value_of(n).dtype for n in program.graph.nodes if SITE in n.meta}
 
 
 def simulated(program: Program) -> list[fx.Node]:

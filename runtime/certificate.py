@@ -34,6 +34,7 @@ class Certificate:
 
     simulated: nodes that only simulate quantisation; graph_breaks: graphs per variant less one
     lowering_error: largest relative L2 error of a lowered call against the simulated one, on the same input
+    rounding: eps of the coarsest dtype in which a lowered call gives its result
     output_error: Difference of the outputs against the original model's, as plain data
     """
 
@@ -44,9 +45,12 @@ class Certificate:
     output_error: Mapping[str, float | None]
     inputs: str
     torch: str
+    rounding: float = 0.0
 
     # Integer products are exact where the simulation sums in fp32, so layers agree to fp32 rounding: measured at
     # most 8e-7 over trained MiniLM and the tiny models of the tests, each layer on the same input.
+    # In 16 bits the simulation rounds codes times scale and the integer form does not: measured .0040 in bf16 and
+    # .00055 in fp16 on layers of 16 to 32 columns.
     LOWERING_LIMIT = 1e-4
 
     def check(self) -> None:
@@ -56,14 +60,15 @@ class Certificate:
             problems.append(f"{self.simulated} nodes still simulate quantisation")
         if self.graph_breaks:
             problems.append(f"{self.graph_breaks} graph breaks")
-        if not self.lowering_error <= self.LOWERING_LIMIT:
+        limit = max(self.LOWERING_LIMIT, 2 * self.rounding)
+        if not self.lowering_error <= limit:
             problems.append(f"lowering moved a layer by {self.lowering_error:.3g} (relative)")
         if any(layer.scheme[0].isdigit() and layer.bytes_after >= layer.bytes_before for layer in self.layers):
             problems.append("a quantised tensor takes no less room than before")
         if problems:
             raise CertificateError(
                 "the finished model is not what it claims to be",
-                required=f"no simulated node, one graph, a lowering error of at most {self.LOWERING_LIMIT}",
+                required=f"no simulated node, one graph, a lowering error of at most {limit:.2g}",
                 found="; ".join(problems),
                 cure="exclude the layers named in the log, and report this with the model's config",
             )

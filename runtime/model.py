@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
@@ -16,6 +17,9 @@ from .store import Store, view
 from .structure import Structure, rebuild
 
 MAX_VARIANTS = 8
+
+# Growing captures and verifies, which borrows the model and wants the processor's threads alone: one at a time.
+_GROWING = threading.RLock()
 
 Grow = Callable[[bool, Mapping[str, Any]], Program]
 
@@ -115,9 +119,19 @@ class GraphModel(nn.Module):
                 found=f"{'train' if training else 'eval'}({given})",
                 cure="call it as captured, or compress the original model with such inputs",
             )
-        program = self._grow(training, arguments)
-        self.add(program)
-        return program
+        with _GROWING:
+            known = self.variants.get(call_key(training, structure))  # of a thread that was here before
+            if known is None:
+                known = self._grow(training, arguments)
+                self.add(known)
+            return known
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # The model may have a child called `plan` or `log`: a fact of ours neither replaces it nor is refused.
+        if isinstance(value, Tensor | nn.Module):
+            super().__setattr__(name, value)
+        else:
+            object.__setattr__(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
         attributes = self.__dict__.get("_attributes", {})

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -234,8 +235,9 @@ def _config(model: Compressed) -> Any:
 def _write_weights(tensors: Mapping[str, Tensor], file: Path) -> None:
     try:
         save_file(dict(tensors), file)
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise ArtifactError("the weights cannot be written", required="dtypes of safetensors", found=error) from error
+    except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        required = "dtypes of safetensors, and room on the disk"
+        raise ArtifactError("the weights cannot be written", required=required, found=error) from error
 
 
 def _flush(path: Path) -> None:

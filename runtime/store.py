@@ -98,7 +98,9 @@ class Store(nn.Module):
 
     def alias_as(self, other: Store) -> None:
         """Take over the aliases of another store for what is stored here."""
-        self.aliases = {alias: name for alias, name in other.aliases.items() if self.get(name) is not None}
+        taken = {alias: name for alias, name in other.aliases.items() if self.get(name) is not None}
+        self.aliases.clear()  # and not replaced: a child may be called `aliases`
+        self.aliases.update(taken)
 
     def freeze(self, *, clone: bool = False) -> None:
         """Parameter objects of our own, which take no gradient; with `clone`, all floating tensors on own memory."""

@@ -26,15 +26,16 @@ def calibrate(
     static = {edit.fqn: edit for edit in edits if edit.static}
     if not static:
         return
-    watched: dict[fx.Node, list[str]] = {}
+    watched: dict[str, tuple[fx.Node, ...]] = {}  # a shared weight has one range over all that it meets
     for site in find_sites(program):
         if site.fqn in static and site.activation is not None:
-            watched.setdefault(site.activation, []).append(site.fqn)
-    observers = {node: make() for node in watched}
+            watched[site.fqn] = tuple(dict.fromkeys((*watched.get(site.fqn, ()), site.activation)))
+    observers = {nodes: make() for nodes in watched.values()}
 
     def look(node: fx.Node, args: tuple[Any, ...], value: Any) -> Any:
-        if node in observers:
-            observers[node].observe(value)
+        for nodes, observer in observers.items():
+            if node in nodes:
+                observer.observe(value)
         return value
 
     count = 0
@@ -48,9 +49,8 @@ def calibrate(
             found="none",
             cure="pass data=[batch, ...] or use a recipe with dynamic activations",
         )
-    for node, fqns in watched.items():
-        for fqn in fqns:
-            _put(program, static[fqn], observers[node])
+    for fqn, nodes in watched.items():
+        _put(program, static[fqn], observers[nodes])
 
 
 def _put(program: Program, edit: Quantize, observer: Observer) -> None:

@@ -45,6 +45,12 @@ class Observer:
 
     def observe(self, x: Tensor) -> None:
         """Take in one batch, any shape. Raises CalibrationError when it is not finite."""
+        if x.numel() == 0:
+            raise CalibrationError(
+                "calibration data makes an activation without elements",
+                required="batches of at least one example",
+                found=f"shape {list(x.shape)}",
+            )
         low, high = (float(v) for v in torch.aminmax(x.detach().float()))
         if not (abs(low) < float("inf") and abs(high) < float("inf")):  # false for NaN too
             raise CalibrationError(
