@@ -53,7 +53,7 @@ def compress(
     signature = Signature.of(model)
     rules = recipe.rules()
     target = Store()
-    captured = capture(model, arguments, Store.of(model), dynamic_shapes=dynamic_shapes)
+    captured = capture(model, arguments, Store.borrowing(model), dynamic_shapes=dynamic_shapes)
     sizes = tensor_sizes(captured)
     tensors = verification_inputs(captured, signature, arguments)
 
@@ -67,9 +67,11 @@ def compress(
     target.alias_as(captured.store)
 
     def grow(training: bool, call: Mapping[str, Any]) -> Program:
-        fresh = capture(model, call, Store.of(model), training=training, dynamic_shapes=dynamic_shapes)
+        fresh = capture(model, call, Store.borrowing(model), training=training, dynamic_shapes=dynamic_shapes)
         again = Job(plan=plan, target=target)
-        return lowered(prepared(fresh, verification_inputs(fresh, signature, call), again), again)
+        # A training variant writes running statistics, so it is not run to verify it.
+        tensors = None if training else verification_inputs(fresh, signature, call)
+        return lowered(prepared(fresh, tensors, again), again)
 
     if plan:
         target.freeze()

@@ -82,10 +82,10 @@ class Driver:
         if self.inputs is None:
             return []
         # A fixed seed makes dropout the same before and after a pass on a training variant.
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), self.program.unwritten():
             torch.manual_seed(0)
             try:
-                return [t.clone() for t in flat_outputs(self.program.run(self.inputs))]
+                return [t.clone() for t in flat_outputs(self.program.run([t.clone() for t in self.inputs]))]
             except DwindleError:
                 raise
             except Exception as error:

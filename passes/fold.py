@@ -26,8 +26,9 @@ def fold_constants(program: Program) -> Program:
     if program.contract.training:
         return program
     values: dict[fx.Node, Tensor] = {}
+    written = program.written()
     for node in list(program.graph.nodes):
-        value = _constant(program, node, values)
+        value = None if program.tensor_of(node) in written else _constant(program, node, values)
         if value is not None:
             values[node] = value
     for node, value in values.items():

@@ -28,5 +28,5 @@ def watch(program: Program, tensors: Sequence[Tensor], look: Look) -> None:
 
     A value may be written in place by a later node: keep a clone, not the value.
     """
-    with torch.no_grad():
-        _Watched(program, look).run(*tensors)
+    with torch.no_grad(), program.unwritten():
+        _Watched(program, look).run(*(t.clone() for t in tensors))

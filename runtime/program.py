@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -118,6 +119,31 @@ class Program:
         """Record values on a graph that has none (a loaded one), as they are at some sizes that the contract allows."""
         if compat.fake_mode_of(self.graph) is None:
             compat.record_values(self.module, self.contract.example())
+
+    def written(self) -> list[str]:
+        """Names of the stored tensors that some call writes in place, itself or through a view."""
+        names = dict[str, None]()
+        for node in self.graph.nodes:
+            if node.op == "call_function" and has_effect(node):
+                base = node.args[0]
+                while isinstance(base, fx.Node) and base.op == "call_function":
+                    base = base.args[0] if base.args else None
+                name = self.tensor_of(base)
+                if name is not None:
+                    names[name] = None
+        return list(names)
+
+    @contextlib.contextmanager
+    def unwritten(self) -> Iterator[None]:
+        """Stored tensors are afterwards as they were before, whatever was run."""
+        held = {name: value for name in self.written() if isinstance(value := self.store.get(name), Tensor)}
+        before = {name: value.detach().clone() for name, value in held.items()}
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in held.items():
+                    value.copy_(before[name])
 
     def tidy(self) -> None:
         """Drop dead nodes and regenerate the code."""

@@ -38,6 +38,15 @@ class Store(nn.Module):
             store.put(name, _clone(tensor) if clone else tensor, persistent=_is_persistent(model, name))
         return store
 
+    @staticmethod
+    def borrowing(model: nn.Module) -> Store:
+        """The model's own parameters, and clones of its buffers: graphs write those (counters, running statistics)."""
+        store = Store.of(model)
+        for name, tensor in list(store.entries()):
+            if isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter):
+                store.put(name, _clone(tensor), persistent=store.is_persistent(name))
+        return store
+
     def canonical(self, name: str) -> str:
         """The name a tensor is stored under."""
         return self.aliases.get(name, name)

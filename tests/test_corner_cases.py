@@ -95,6 +95,49 @@ def test_a_model_for_batches_of_one_alone() -> None:
         small(_x(2, 16))
 
 
+class _WritesInput(_Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        x += 1
+        return self.layer(x)
+
+
+class _Counts(_Linear):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.layer(x) * (self.calls * 2)
+
+
+def test_an_input_written_in_place() -> None:
+    model, x = _WritesInput().eval(), _x(4, 16)
+    small = dwindle.compress(model, {}, inputs=x)
+    with torch.no_grad():
+        assert torch.equal(small(_x(4, 16)), model(_x(4, 16)))
+
+
+def test_a_buffer_written_in_place_is_the_copys_own() -> None:
+    model = _Counts().eval()
+    small = dwindle.compress(model, {}, inputs=_x(4, 16))
+    assert model.calls.item() == 0
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(small(_x(4, 16)), model(_x(4, 16)))
+
+
+def test_running_statistics_are_those_of_the_copy() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    small = dwindle.compress(model, {}, inputs=_x(2, 3, 8, 8)).train()
+    small(_x(2, 3, 8, 8))
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+    model.train()(_x(2, 3, 8, 8))
+    found = dict(small.named_buffers())
+    assert all(torch.equal(found[name], value) for name, value in model.named_buffers())
+
+
 class _Structured(_Linear):
     def forward(self, x: Tensor, *, scale: float = 1.0) -> dict[str, Any]:
         return {"y": self.layer(x) * scale, "none": None, "nested": (x.sum(), [x, 3])}
