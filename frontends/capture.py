@@ -29,6 +29,7 @@ from ..runtime.errors import CaptureError
 from ..runtime.program import Program
 from ..runtime.store import Store
 from ..runtime.structure import describe, flatten
+from .sizes import eager, proved
 
 DynamicShapes = Mapping[str, Mapping[int, str]]
 
@@ -52,18 +53,36 @@ def capture(
         fixes them; {} keeps all sizes.
     The model's training flags are put back. Raises CaptureError naming the line that cannot be captured.
     """
+    _require_dimensions(arguments, dynamic_shapes or {})
     alone = all(v.shape[0] == 1 for v in arguments.values() if isinstance(v, Tensor) and v.dim() > 0)
     widened = {name: _widen(value, alone) for name, value in arguments.items()}
     structure, tensors = flatten(dict(widened))
     candidates = guess_dynamic(widened)
     if dynamic_shapes is not None:
         candidates = [{name: dims for name, dims in dynamic_shapes.items() if name in widened}]
-    with _CAPTURING, in_mode(model, training), _taking_tensors(model, widened) as given:
+    with _CAPTURING, compat.silent(), in_mode(model, training), _taking_tensors(model, widened) as given:
         module, ranges, dims = _export(model, given, {n: arguments[n] for n in given}, candidates)
     graph, output = _flat_graph(module, store)
     inputs, limits = _inputs(graph, structure, tensors, dims, ranges)
-    contract = Contract(training, structure, inputs, output, limits)
-    return Program.of(graph, store, contract)
+    program = Program.of(graph, store, Contract(training, structure, inputs, output, limits))
+    with _CAPTURING, in_mode(model, training):
+        program.contract = proved(model, program, tensors)
+    if alone and program.contract.limits.get("batch", (0, None))[0] > 1:
+        # The example is a batch of 1, which this model treats in its own way: then that is what it is captured for.
+        return capture(model, arguments, store, training=training, dynamic_shapes={})
+    return program
+
+
+def _require_dimensions(arguments: Mapping[str, Any], dynamic_shapes: DynamicShapes) -> None:
+    for name, dims in dynamic_shapes.items():
+        value = arguments.get(name)
+        for dim, label in dims.items():
+            if isinstance(value, Tensor) and not (0 <= dim < value.dim() and label.isidentifier()):
+                raise CaptureError(
+                    f"dynamic_shapes of {name!r}",
+                    required=f"dimensions from 0 to {value.dim() - 1}, each named by an identifier",
+                    found=f"{dim}: {label!r}",
+                )
 
 
 def guess_dynamic(arguments: Mapping[str, Any]) -> list[DynamicShapes]:
@@ -141,12 +160,26 @@ def _export(
         except Exception as error:  # whatever the model's code or export raises is the reason to report
             failure = failure or error
     assert failure is not None
+    _require_served(model, fixed)
     raise CaptureError(
         f"{type(model).__name__} cannot be captured: {_first_line(failure)}",
         required="a forward that torch.export can trace: no branching on values, tensors in and out",
         found=f"{type(failure).__name__} at {_user_line(failure)}",
         cure="make that line independent of tensor values, or compress the submodule that can be captured",
     ) from failure
+
+
+def _require_served(model: nn.Module, arguments: Mapping[str, Any]) -> None:
+    """Raise CaptureError when the model itself refuses the arguments: then capture is not what failed."""
+    try:
+        with torch.no_grad():
+            eager(model, arguments)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} itself refuses the example inputs: {_first_line(error)}",
+            required="inputs that model(**inputs) takes",
+            found=f"{type(error).__name__} at {_user_line(error)}",
+        ) from error
 
 
 def _export_within_limits(model: nn.Module, arguments: Mapping[str, Any], spec: Any) -> torch.export.ExportedProgram:
@@ -292,9 +325,8 @@ def _inputs(
             shape.append(label)
             span = ranges.get(size.node.expr)
             if span is not None:
-                # Export assumes 2 or more; graphs without a branch on size serve 1 as well, and that is tested.
                 high = int(span.upper) if span.upper.is_Integer and span.upper < 2**31 else None
-                limits[label] = (1 if int(span.lower) == 2 else int(span.lower), high)
+                limits[label] = (int(span.lower), high)
         inputs.append(Input(name, str(val.dtype).removeprefix("torch."), tuple(shape)))
         node.name, node.target = node.name, node.name
     return tuple(inputs), limits

@@ -135,6 +135,7 @@ def compress(
 ) -> None:
     """Compress a model after training, and save it with its report."""
     require_free(out)
+    from ..runtime.onnx.export import require_dtypes, require_packages
     from .compress import compress as compress_model
     from .models import load_data, load_source
     from .page import write_page
@@ -143,9 +144,13 @@ def compress(
 
     parsed = Recipe.of(recipe)
     _require_data(parsed, data)
+    if onnx:
+        require_packages()
     with steps() as stage, _quiet_libraries():
         with stage.step(f"Loading {Path(model).name}"):
             source = load_source(model)
+        if onnx:  # what cannot be exported is refused before anything is written
+            require_dtypes({t.dtype for t in [*source.model.parameters(), *source.model.buffers()]})
         batches = None if data is None else stage.track(load_data(data, source), "Calibrating")
         with stage.step(f"Compressing with {parsed.name or recipe}"):
             small = compress_model(source.model, parsed, inputs=source.inputs, data=batches)
@@ -169,7 +174,8 @@ def inspect(model: Model, recipe: RecipeName = "zeroquant-w8a8", as_json: AsJson
     if is_artifact(model):
         from ..runtime.artifact import load
 
-        small = load(model)
+        with steps() as stage, stage.step(f"Loading {Path(model).name}"), _quiet_libraries():
+            small = load(model)
         files = {file.name: file.stat().st_size for file in sorted(Path(model).iterdir()) if file.is_file()}
         plain = {"variants": small.describe_variants(), "files": files, **small.report().to_json()}
         _show(as_json, lambda: plain, small.report(), _facts(small.describe_variants(), files))

@@ -14,7 +14,8 @@ from ..passes.pipeline import FINISH, PREPARE, Job, run_stages
 from ..passes.verify import Difference, difference
 from ..runtime.compressed import Compressed
 from ..runtime.contract import Signature
-from ..runtime.errors import CalibrationError
+from ..runtime.errors import CalibrationError, CaptureError, RecipeError
+from ..runtime.model import GraphModel
 from ..runtime.plan import Plan
 from ..runtime.program import Program
 from ..runtime.store import Store
@@ -49,6 +50,7 @@ def compress(
     PassError or CertificateError, each with what was required, what was found and the cure.
     """
     recipe = Recipe.of(recipe)
+    require_original(model)
     arguments = as_arguments(model, inputs)
     signature = Signature.of(model)
     rules = recipe.rules()
@@ -60,6 +62,7 @@ def compress(
     batches = calibration_batches(captured, signature, recipe, data)
     job = Job(rules=rules, target=target, batches=batches, observer=recipe.calibration.observer)
     driver = prepared(captured, tensors, job)
+    require_effect(job, captured)
     program, lowering, output = finish(driver, tensors, job)
     certificate = certify(program, job.reference or program, tensors, sizes, lowering, output)
     certificate.check()
@@ -88,6 +91,29 @@ def compress(
     )
     compressed.add(program)
     return compressed
+
+
+def require_original(model: object) -> None:
+    """Raise CaptureError for what compress and prepare have made."""
+    if isinstance(model, GraphModel):
+        raise CaptureError(
+            "the model is dwindle's already",
+            required="the original model",
+            found=type(model).__name__,
+            cure="student.finish() packs a student; a compressed model is compressed",
+        )
+
+
+def require_effect(job: Job, program: Program) -> None:
+    """Raise RecipeError when a recipe that quantises has quantised nothing."""
+    if job.rules and not job.plan:
+        reasons = sorted({entry.reason for entry in program.log if not entry.applied})
+        raise RecipeError(
+            "the recipe quantises nothing in this model",
+            required="a linear, embedding or conv2d that reads its weight as it is stored, and that a rule selects",
+            found="; ".join(reasons) or "none",
+            cure="choose another recipe; an empty one, {}, leaves the model as it is",
+        )
 
 
 def prepared(program: Program, tensors: Sequence[Tensor] | None, job: Job) -> Driver:

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from ..runtime.contract import Signature, bind_call, call_key
 from ..runtime.errors import CalibrationError, CaptureError
 from ..runtime.program import Program
 
 EXAMPLE_TOKENS = 16
+WITHOUT_LABELS = "give a dict of the forward's arguments, or inputs without labels"
 
 
 def as_arguments(model: nn.Module, inputs: Any) -> dict[str, Any]:
@@ -24,6 +26,7 @@ def as_arguments(model: nn.Module, inputs: Any) -> dict[str, Any]:
     """
     if not isinstance(model, nn.Module):
         raise CaptureError("no model", required="a torch.nn.Module", found=type(model).__name__)
+    _require_unwrapped(model)
     signature = Signature.of(model)
     if inputs is None:
         inputs = example_inputs(model)
@@ -34,9 +37,48 @@ def as_arguments(model: nn.Module, inputs: Any) -> dict[str, Any]:
             "example inputs of an unknown type",
             required="a dict of keyword arguments, a tuple of positional ones, or a tensor",
             found=type(inputs).__name__,
+            cure="give one batch, such as next(iter(loader))" if isinstance(inputs, DataLoader) else None,
         )
     args, kwargs = (inputs, {}) if isinstance(inputs, tuple | list) else ((), dict(inputs))
+    _require_named(model, len(args))
+    if len(args) > len(signature.names):
+        raise CaptureError(
+            "more inputs than forward takes",
+            required=f"at most {len(signature.names)}: {', '.join(signature.names)}",
+            found=f"a {type(inputs).__name__} of {len(args)}",
+            cure=WITHOUT_LABELS,
+        )
     return signature.bind(tuple(args), kwargs)
+
+
+def _require_unwrapped(model: nn.Module) -> None:
+    """Refuse what torch puts around a model: its forward has no argument names, and its tensors other names."""
+    kind = type(model)
+    wrapped = "_orig_mod" if hasattr(model, "_orig_mod") else None
+    if wrapped is None and kind.__module__.startswith("torch.nn.parallel") and hasattr(model, "module"):
+        wrapped = "module"
+    if wrapped is not None:
+        what = "torch.compile" if wrapped == "_orig_mod" else kind.__name__
+        raise CaptureError(
+            f"the model is wrapped by {what}",
+            required="the model itself",
+            found=f"{kind.__name__}({type(getattr(model, wrapped)).__name__})",
+            cure=f"pass model.{wrapped}" + (", and compile what comes back" if wrapped == "_orig_mod" else ""),
+        )
+
+
+def _require_named(model: nn.Module, positional: int) -> None:
+    """Refuse a call of which some arguments have no name. Keyword arguments may go to **kwargs."""
+    kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
+    named = sum(kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)
+    nameless = kinds == [inspect.Parameter.VAR_POSITIONAL]
+    if nameless or (inspect.Parameter.VAR_POSITIONAL in kinds and positional > named):
+        raise CaptureError(
+            "forward takes arguments without names",
+            required="a forward whose arguments have names",
+            found=f"{type(model).__name__}.forward{inspect.signature(model.forward)}",
+            cure="wrap the model in a module whose forward names each argument, such as forward(self, x, mask)",
+        )
 
 
 def example_inputs(model: nn.Module) -> dict[str, Any]:
@@ -68,12 +110,20 @@ def flat_batches(program: Program, signature: Signature, data: Iterable[Any]) ->
     """Batches of calibration data as flat inputs of `program`.
 
     Each batch is a mapping, tuple or tensor as for `as_arguments`; arguments the program does not take
-    (labels) are dropped. Raises CalibrationError for a batch that lacks one it takes.
+    (labels) are dropped by name. Raises CalibrationError for a batch that lacks one it takes, or has more without
+    names than forward takes.
     """
     wanted = program.contract.arguments["items"]
     for batch in data:
         args = (batch,) if isinstance(batch, Tensor) else tuple(batch) if isinstance(batch, tuple | list) else ()
         kwargs = {n: v for n, v in dict(batch).items() if n in wanted} if _has_names(batch) else {}
+        if len(args) > len(signature.names):
+            raise CalibrationError(
+                "a batch of calibration data has more than forward takes",
+                required=f"at most {len(signature.names)}: {', '.join(signature.names)}",
+                found=f"a {type(batch).__name__} of {len(args)}",
+                cure=WITHOUT_LABELS,
+            )
         bound = {**_constants(wanted), **signature.bind(args, kwargs)}
         structure, tensors = bind_call(signature, (), {k: v for k, v in bound.items() if k in wanted})
         if call_key(program.contract.training, structure) != program.contract.key:

@@ -17,6 +17,7 @@ from .capture import in_mode
 
 BATCHES = (1, 8)
 SECONDS_EACH = 1.0
+WARM_UP = 3  # calls of each side that are not counted: first ones load, allocate and choose kernels
 LEAST_RUNS, MOST_RUNS = 5, 200
 
 
@@ -64,7 +65,7 @@ def _batched(value: Any, batch: int) -> Any:
 def _interleaved(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[list[float], list[float]]:
     times: tuple[list[float], list[float]] = ([], [])
     with torch.no_grad():
-        for call in (first, second):
+        for call in (first, second) * WARM_UP:
             call()
         until = time.perf_counter() + 2 * SECONDS_EACH
         while len(times[0]) < LEAST_RUNS or (time.perf_counter() < until and len(times[0]) < MOST_RUNS):

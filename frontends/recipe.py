@@ -13,12 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..passes.quantize.decide import QuantizeRule
 from ..passes.quantize.observers import Method, Observer
 from ..runtime.errors import MissingDependencyError, RecipeError, SchemeError
 from ..runtime.scheme import Granularity, Kind, Scheme
+
+DEEPSPEED = "compression_training"  # the key of a DeepSpeed configuration that says how to compress
 
 
 class _Strict(BaseModel):
@@ -85,6 +87,11 @@ class QuantizeEntry(_Strict):
     operators: tuple[Literal["linear", "embedding", "conv2d"], ...] = ("linear",)
     weight: WeightSettings | None = WeightSettings()
     activation: ActivationSettings | None = None
+
+    @field_validator("modules", "operators", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -180,6 +187,8 @@ def _read(path: Path) -> Any:
 
 
 def _validated(data: Any) -> Recipe:
+    if isinstance(data, Mapping) and DEEPSPEED in data:
+        raise _of_deepspeed(data[DEEPSPEED])
     try:
         return Recipe.model_validate(data)
     except SchemeError as error:
@@ -196,6 +205,31 @@ def _validated(data: Any) -> Recipe:
             found=where if unknown else repr(first["input"]),
             cure=f"did you mean {near[0]!r}?" if unknown and near else None,
         ) from error
+
+
+def _of_deepspeed(settings: Any) -> RecipeError:
+    """For a DeepSpeed file: the presets that quantise what it would, weights alone or activations too."""
+    sections = [str(name) for name, section in settings.items() if _is_on(section)] if _is_map(settings) else []
+    wanted = {"activation_quantization" in sections}
+    if not {"activation_quantization", "weight_quantization"} & {*sections}:
+        wanted = {True, False}
+    near = [p.name for p in PRESETS if any(rule.activation is not None for rule in p.rules()) in wanted]
+    return RecipeError(
+        "DeepSpeed compression JSON is not read yet",
+        required="a preset's name, or a recipe with the key 'quantize'",
+        found=f"{DEEPSPEED} with {', '.join(sections) or 'nothing enabled'}",
+        cure=f"the presets that come nearest: {', '.join(near)}",
+    )
+
+
+def _is_map(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _is_on(section: Any) -> bool:
+    """Whether a DeepSpeed section asks for anything; files name all sections and enable a few."""
+    shared = section.get("shared_parameters", section) if _is_map(section) else {}
+    return bool(_is_map(shared) and shared.get("enabled"))
 
 
 def _fields_at(path: tuple[int | str, ...]) -> list[str]:

@@ -28,6 +28,8 @@ from .compress import (
     forwarded,
     lowered,
     prepared,
+    require_effect,
+    require_original,
     verification_inputs,
 )
 from .inputs import as_arguments
@@ -91,6 +93,7 @@ def prepare(
     requires_grad; an empty recipe trains exactly as the model does.
     """
     recipe = Recipe.of(recipe)
+    require_original(model)
     arguments = as_arguments(model, inputs)
     signature = Signature.of(model)
     store = Store.of(model, clone=True)
@@ -99,6 +102,7 @@ def prepare(
     batches = calibration_batches(first, signature, recipe, data)
     job = Job(rules=recipe.rules(), target=store, batches=batches, observer=recipe.calibration.observer, trains=True)
     program = prepared(first, tensors, job).program
+    require_effect(job, first)
     plan = job.plan or Plan()
 
     def grow(training: bool, call: Mapping[str, Any]) -> Program:

@@ -76,6 +76,11 @@ def _one_reader(program: Program, found: Match) -> str | None:
     return None
 
 
+def folded_bias_name(fqn: str) -> str:
+    """Where the bias is stored that a convolution without one gets from the batch norm after it."""
+    return f"{fqn}_folded_bias"
+
+
 def _fold_batch_norm(program: Program, found: Match) -> Any:
     store, conv = program.store, found["conv"]
     w, b, gamma, beta, mean, var = (_stored(program, found[n]) for n in ("w", "b", "gamma", "beta", "mean", "var"))
@@ -87,7 +92,7 @@ def _fold_batch_norm(program: Program, found: Match) -> Any:
         bias = bias * factor if beta is None else bias * factor + beta.double()
         weight = w.double() * factor.reshape(-1, *(1 for _ in w.shape[1:]))
     fqn = str(found["w"].target)
-    bias_name = str(found["b"].target) if b is not None else f"{fqn.rpartition('.')[0]}.bias".lstrip(".")
+    bias_name = str(found["b"].target) if b is not None else folded_bias_name(fqn)
     store.put(fqn, nn.Parameter(weight.to(w.dtype)))
     store.put(bias_name, nn.Parameter(bias.to(w.dtype)))
     read = program.get_attr(bias_name, conv)

@@ -27,6 +27,7 @@ from ..runtime.program import Program
 from ..runtime.qtensor import QTensor
 from ..runtime.scheme import A8_TOKEN, Scheme
 from ..runtime.store import Store
+from .fold import folded_bias_name
 from .match import Call, Literal, Match, Maybe, Stored, Var, full_args
 from .pack import pack
 from .quantize.insert import SITE
@@ -42,9 +43,10 @@ ASYMMETRIC_SHIFT = 128
 CODES = "dwindle_codes"
 
 
-def corrected_bias_name(fqn: str) -> str:
-    """Where the bias of the call on parameter `fqn` is stored with its activation's zero point folded in."""
-    return f"{fqn}_corrected_bias"
+def corrected_bias_name(fqn: str, bias: str | None) -> str:
+    """Where `bias`, added to a product with parameter `fqn`, is stored with the activation's zero point folded in."""
+    own = bias in (None, f"{fqn.rpartition('.')[0]}.bias".lstrip("."), folded_bias_name(fqn))
+    return f"{fqn}_corrected_bias" if own else f"{fqn}_corrected_{str(bias).replace('.', '_')}"
 
 
 def lower(program: Program, edits: tuple[Quantize, ...], target: Store) -> Program:
@@ -123,7 +125,7 @@ def _corrected_bias(program: Program, found: Match) -> fx.Node | None:
     if found["xz"] is None:
         return bias
     fqn = str(found["codes"].target).removesuffix(".codes")
-    name = corrected_bias_name(fqn)
+    name = corrected_bias_name(fqn, program.tensor_of(bias))
     if program.store.get(name) is None:
         qtensor, scale = program.store.get(fqn), program.store.get(str(found["xs"].target))
         zero = program.store.get(str(found["xz"].target))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -57,6 +58,17 @@ def fake_tensor(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
 def record_values(module: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
     """Write `meta["val"]` on every node, as it is for inputs of this shape; nothing is computed."""
     FakeTensorProp(module, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*inputs)
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Without torch's logs: export prints each attempt that fails, where the caller reports the last one."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def module_path(node: fx.Node) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
+
+import torch
 
 from .certificate import Certificate
 from .contract import Signature
@@ -55,6 +57,17 @@ class Compressed(GraphModel):
                 cure="student = dwindle.prepare(model, recipe), train the student, then student.finish()",
             )
         return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Move to a device; another dtype is refused, since the operators give the one they were made for."""
+        if len(self.plan) and fn(torch.zeros(1, dtype=self.dtype)).dtype is not self.dtype:
+            raise DwindleError(
+                "a compressed model keeps its dtype",
+                required=self.dtype,
+                found=fn(torch.zeros(1, dtype=self.dtype)).dtype,
+                cure="dwindle.compress(model.to(dtype), recipe)",
+            )
+        return cast(Self, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
     def report(self) -> Report:
         """What was done and what it gained; measures latency on first use where the original is at hand."""

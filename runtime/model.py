@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .contract import Contract, Key, Signature, bind_call, call_key
-from .errors import CaptureError
+from .errors import CaptureError, DwindleError
 from .plan import Plan
 from .program import Program
 from .store import Store, view
@@ -139,8 +139,13 @@ class GraphModel(nn.Module):
             return attributes[name]
         return super().__getattr__(name)
 
+    def __reduce__(self) -> Any:
+        raise DwindleError(
+            f"{type(self).__name__} cannot be pickled", cure="save() and dwindle.load() it, or save its state_dict()"
+        )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        raise CaptureError(
+        raise DwindleError(
             f"{type(self).__name__} shares tensors between graphs and cannot be deep-copied",
             cure="save() and load() it, or compress the model again",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -11,15 +12,19 @@ from typing import Any
 import pytest
 import torch
 from models import ZOO
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
 import dwindle
 from dwindle.frontends import cli
 from dwindle.frontends.bench import bench, shaped
 from dwindle.frontends.commands import app
-from dwindle.frontends.models import SourceError, load_data, load_source
+from dwindle.frontends.measure import WARM_UP, measure
+from dwindle.frontends.models import TEXTS, SourceError, load_data, load_source
+from dwindle.frontends.recipe import Recipe
 from dwindle.frontends.survey import survey
-from dwindle.runtime.errors import DwindleError
+from dwindle.runtime.errors import CalibrationError, CaptureError, DwindleError, ExportError, RecipeError
 
 FACTORIES = """
 import torch
@@ -32,6 +37,7 @@ def text(): return "a text"
 def broken(): raise ValueError("no [weights] here")
 def batches(): return [ZOO["mlp"]()[1] for _ in range(3)]
 def number(): return 3
+def half(): return torch.nn.Linear(4, 4).bfloat16(), torch.ones(2, 4).bfloat16()
 """
 
 
@@ -61,7 +67,9 @@ def test_compress_writes_artifact_and_report_and_inspect_reads_it(here: Path) ->
     assert facts["variants"] == ["eval(input=float32['batch', 16])"]
     assert facts["files"]["weights.safetensors"] == (here / "small/weights.safetensors").stat().st_size
     assert len(facts["measured"]["latency"]) == 2
-    assert "report.html" in run("inspect", "small").stdout
+    shown = run("inspect", "small")
+    assert "report.html" in shown.stdout
+    assert "Loading small" in shown.stderr
 
 
 def test_compress_calibrates_on_a_factory_of_batches(here: Path) -> None:
@@ -75,6 +83,31 @@ def test_compress_exports_onnx(here: Path) -> None:
     pytest.importorskip("onnxruntime")
     assert run("compress", "tiny:mlp", "--out", "small", "--onnx").exit_code == 0
     assert (here / "small/model.onnx").stat().st_size > 0
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_onnx_without_its_packages_is_refused_before_the_work(
+    here: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    known = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else known(name))
+    done = run("compress", "tiny:broken", "--out", "small", "--onnx")  # the model is not even loaded
+    assert done.exit_code == 1
+    assert "pip install 'dwindle[onnx]'" in done.stderr
+    assert not (here / "small").exists()
+
+
+@pytest.mark.parametrize("recipe", ["w8a16", {}])
+def test_bfloat16_is_not_exported(here: Path, recipe: Any) -> None:
+    pytest.importorskip("onnxruntime")
+    x = torch.ones(2, 16, dtype=torch.bfloat16)
+    small = dwindle.compress(nn.Linear(16, 16).bfloat16(), recipe, inputs=x)
+    with pytest.raises(ExportError, match=r"(?s)float32.*bfloat16.*compress model\.float\(\)"):
+        small.export_onnx(here / "model.onnx")
+    done = run("compress", "tiny:half", "--out", "small", "--onnx")
+    assert done.exit_code == 1
+    assert "bfloat16" in done.stderr
+    assert not list(here.glob("*.onnx")) + list(here.glob("small"))
 
 
 def test_an_existing_folder_is_refused_before_the_work(here: Path) -> None:
@@ -203,7 +236,9 @@ def test_a_transformers_directory_with_a_tokenizer(here: Path) -> None:
     source = load_source("bert")
     assert (source.name, type(source.model).__name__) == ("bert", "BertModel")
     assert source.inputs["input_ids"].shape[0] == 2
-    assert source.inputs["attention_mask"].min() == 0  # an example with padding
+    assert source.inputs["attention_mask"].all()  # an example of real tokens alone
+    lengths = [len(ids) for ids in source.tokenizer(list(TEXTS))["input_ids"]]
+    assert source.inputs["input_ids"].shape[1] == min(lengths) < max(lengths)
     (here / "texts.txt").write_text("prices rose\n\nrose again\n" * 5)
     batches = list(load_data("texts.txt", source))
     assert [batch["input_ids"].shape for batch in batches] == [(8, 2), (2, 2)]
@@ -224,3 +259,84 @@ def test_without_typer_the_cure_is_told(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "typer", None)
     with pytest.raises(SystemExit, match=r"pip install 'dwindle\[cli\]'"):
         cli.main()
+
+
+# What is passed in place of a model, its inputs or a recipe
+
+
+class _Nameless(nn.Module):
+    def forward(self, *args: Tensor) -> Tensor:
+        return args[0] * 2
+
+
+class _Rest(nn.Module):
+    def forward(self, x: Tensor, *rest: Tensor, **more: Tensor) -> Tensor:
+        return x * 2
+
+
+def test_batches_with_labels() -> None:
+    model, x = nn.Linear(4, 4).eval(), torch.ones(2, 4)
+    with pytest.raises(CaptureError, match="a dict of the forward's arguments, or inputs without labels"):
+        dwindle.compress(model, inputs=(x, x))
+    with pytest.raises(CaptureError, match="one batch, such as next"):
+        dwindle.compress(model, inputs=DataLoader([x]))  # type: ignore[arg-type]
+    with pytest.raises(CalibrationError, match="a dict of the forward's arguments, or inputs without labels"):
+        dwindle.compress(model, "static-w8a8", inputs=x, data=[[x, x]])
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "cure"),
+    [
+        (lambda model: torch.compile(model), r"model\._orig_mod"),
+        (lambda model: nn.DataParallel(model), r"model\.module"),
+        (lambda _: _Nameless(), "names each argument"),
+        (lambda _: _Rest(), "names each argument"),
+    ],
+)
+def test_models_without_names_for_their_arguments(wrapped: Any, cure: str) -> None:
+    with pytest.raises(CaptureError, match=f"(?s)required.*found.*cure.*{cure}"):
+        dwindle.compress(wrapped(nn.Linear(4, 4)), {}, inputs=(torch.ones(2, 4), torch.ones(2, 4)))
+
+
+def test_a_forward_of_further_arguments_that_are_not_given() -> None:
+    small = dwindle.compress(_Rest().eval(), {}, inputs=torch.ones(2, 4))
+    assert torch.equal(small(torch.ones(3, 4)), torch.ones(3, 4) * 2)
+
+
+def test_one_glob_or_operator_may_be_given_as_text() -> None:
+    (entry,) = Recipe.of({"quantize": [{"modules": "0", "operators": "linear"}]}).quantize
+    assert (entry.modules, entry.operators) == (("0",), ("linear",))
+    with pytest.raises(RecipeError):
+        Recipe.of({"quantize": [{"operators": "lineer"}]})
+
+
+@pytest.mark.parametrize(
+    ("enabled", "near"),
+    [
+        (["weight_quantization"], "w8a16, w4a16-g128"),
+        (["weight_quantization", "activation_quantization"], "zeroquant-w8a8, w4a8-g32, static-w8a8"),
+        (["row_pruning"], "zeroquant-w8a8, w8a16, w4a16-g128, w4a8-g32, static-w8a8"),
+    ],
+)
+def test_a_deepspeed_file_is_answered_with_presets(here: Path, enabled: list[str], near: str) -> None:
+    names = ["weight_quantization", "activation_quantization", "row_pruning"]
+    sections = {name: {"shared_parameters": {"enabled": name in enabled}} for name in names}
+    (here / "ds.json").write_text(json.dumps({"train_batch_size": 8, "compression_training": sections}))
+    with pytest.raises(RecipeError, match=f"(?s)not read yet.*{', '.join(enabled)}.*nearest: {near}$"):
+        Recipe.of(here / "ds.json")
+
+
+def test_both_sides_are_warm_before_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = {"model": 0, "small": 0}
+
+    def count(name: str) -> Any:
+        return lambda *_: counted.update({name: counted[name] + 1})
+
+    model, x = nn.Linear(4, 4).eval(), torch.ones(2, 4)
+    small = dwindle.compress(model, {}, inputs=x)
+    model.register_forward_hook(count("model"))
+    small.register_forward_hook(count("small"))
+    monkeypatch.setattr("dwindle.frontends.measure.MOST_RUNS", 5)
+    assert WARM_UP >= 3
+    batches = len(measure(model, small, {"input": x})["latency"])
+    assert counted == {"model": batches * (5 + WARM_UP), "small": batches * (5 + WARM_UP)}

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...runtime.errors import RecipeError, SchemeError
 from ...runtime.numerics import scale_shape
 from ...runtime.plan import Quantize
-from ...runtime.program import Entry, Program
+from ...runtime.program import Entry, Program, value_of
 from ...runtime.qtensor import require_finite
 from ...runtime.scheme import Scheme
 from .sites import Site, find_sites, readers
@@ -139,7 +139,9 @@ def _affordable(program: Program, site: Site, edit: Quantize) -> Quantize:
     assert isinstance(weight, Tensor)
     groups = site.node.args[6] if len(site.node.args) > 6 else 1
     reason = None
-    if groups != 1:
+    if site.activation is not None and value_of(site.activation).dim() != 4:
+        reason = "the input has no batch dimension; stored only"
+    elif groups != 1:
         reason = f"{groups} groups: no integer GEMM to gain; stored in {edit.weight.bits} bits, computed in float"
     elif weight.shape[1] < MIN_CONV_CHANNELS:
         reason = f"{weight.shape[1]} input channels: gathering patches costs more than int8 gains; stored only"

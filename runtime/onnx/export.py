@@ -16,7 +16,7 @@ import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -60,7 +60,7 @@ def export_onnx(
     Weights above 1 GiB go to `<path>.data`. Raises ExportError, and then nothing is left at `path`.
     """
     path = Path(path)
-    _require(provider, precision, path, model.device)
+    _require(provider, precision, path, model)
     program, given = _variant(model, inputs)
     program.infer()
     examples = [given, smaller(program.contract, given)] if given else batches(program)
@@ -76,16 +76,34 @@ def export_onnx(
     return path
 
 
-def _require(provider: str, precision: str, path: Path, device: torch.device) -> None:
+def require_packages() -> None:
+    """Raise MissingDependencyError unless all that an export needs is installed; nothing is imported."""
+    for package in PACKAGES:
+        if importlib.util.find_spec(package) is None:
+            raise MissingDependencyError(package, "onnx", "exporting to ONNX")
+
+
+def require_dtypes(dtypes: Collection[torch.dtype]) -> None:
+    """Raise ExportError where a model has tensors that ONNX Runtime's kernels, and numpy, do not take."""
+    if torch.bfloat16 in dtypes:
+        raise ExportError(
+            "the model has tensors of a dtype that cannot be exported",
+            required="float32, float16 or float64",
+            found="bfloat16",
+            cure="compress model.float()",
+        )
+
+
+def _require(provider: str, precision: str, path: Path, model: GraphModel) -> None:
     if provider not in PROVIDERS:
         raise ExportError("no such provider", required=" or ".join(PROVIDERS), found=repr(provider))
     if precision not in ("accurate", "fast"):
         raise ExportError("no such precision", required="'accurate' or 'fast'", found=repr(precision))
-    if device.type != "cpu":
-        raise ExportError("the model is elsewhere", required="on the CPU", found=device, cure="model.cpu()")
-    for package in PACKAGES:
-        if importlib.util.find_spec(package) is None:
-            raise MissingDependencyError(package, "onnx", "exporting to ONNX")
+    if model.device.type != "cpu":
+        raise ExportError("the model is elsewhere", required="on the CPU", found=model.device, cure="model.cpu()")
+    require_packages()
+    stored = {tensor.dtype for tensor in [*model.parameters(), *model.buffers()]}
+    require_dtypes(stored | {getattr(torch, i.dtype) for p in model.variants.values() for i in p.contract.inputs})
     if not path.parent.is_dir():
         raise ExportError("no folder to write to", required="an existing folder", found=path.parent)
     for taken in (path, _data(path)):

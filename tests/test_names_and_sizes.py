@@ -1,0 +1,102 @@
+"""Names that collide, sizes that a model treats apart, and things that are not models: served right or refused."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dwindle
+
+
+def _x(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+class _BranchesOnOne(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * 100 if x.shape[0] == 1 else self.layer(x)
+
+
+def test_a_branch_on_a_batch_of_one_is_not_served_by_the_other() -> None:
+    model = _BranchesOnOne().eval()
+    small = dwindle.compress(model, {}, inputs=_x(4, 16))
+    with pytest.raises(dwindle.DwindleError, match="2 <= batch"):
+        small(_x(1, 16))
+    alone = dwindle.compress(model, {}, inputs=_x(1, 16))
+    with torch.no_grad():
+        assert torch.equal(alone(_x(1, 16)), model(_x(1, 16)))
+
+
+class _TwoBiases(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 8), nn.Linear(16, 8)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.b(x.flip(0))
+
+
+def test_one_weight_with_two_biases() -> None:
+    model, x = _TwoBiases().eval(), _x(4, 16)
+    recipe = {"quantize": [{"activation": {"range": "static", "kind": "asymmetric"}}]}
+    small = dwindle.compress(model, recipe, inputs=x, data=[x])
+    eager = dwindle.transplant(small, model, inputs=x)
+    with torch.no_grad():
+        assert (small(x) - model(x)).norm() < 0.02 * model(x).norm()
+        assert torch.equal(eager(x), small(x))
+
+
+class _OwnsABias(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(16, 16, 3, 3)), nn.Parameter(torch.randn(16))
+        self.norm = nn.BatchNorm2d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(nn.functional.conv2d(x, self.weight)) + self.bias[:, None, None]
+
+
+def test_a_folded_norm_takes_no_name_that_is_taken() -> None:
+    model, x = _OwnsABias().eval(), _x(2, 16, 8, 8)
+    small = dwindle.compress(model, "static-w8a8", inputs=x, data=[x])
+    with torch.no_grad():
+        assert (small(x) - model(x)).norm() < 0.02 * model(x).norm()
+
+
+def test_an_image_without_a_batch() -> None:
+    model, x = nn.Conv2d(16, 16, 3).eval(), _x(16, 9, 9)
+    small = dwindle.compress(model, "static-w8a8", inputs=x, data=[x])
+    with torch.no_grad():
+        assert (small(x) - model(x)).norm() < 0.02 * model(x).norm()
+
+
+def test_what_is_made_already_is_refused() -> None:
+    model, x = nn.Linear(16, 8).eval(), _x(4, 16)
+    small = dwindle.compress(model, inputs=x)
+    for made in (small, dwindle.prepare(model, inputs=x)):
+        with pytest.raises(dwindle.DwindleError, match=r"(?s)already.*finish"):
+            dwindle.compress(made, inputs=x)
+    with pytest.raises(dwindle.DwindleError, match="keeps its dtype"):
+        small.to(torch.bfloat16)
+    with pytest.raises(dwindle.DwindleError, match="pickled"):
+        pickle.dumps(small)
+
+
+def test_a_recipe_that_quantises_nothing_says_so() -> None:
+    with pytest.raises(dwindle.DwindleError, match="quantises nothing"):
+        dwindle.compress(nn.Sequential(nn.ReLU()), inputs=_x(4, 16))
+
+
+def test_inputs_that_the_model_refuses_are_not_called_uncapturable() -> None:
+    with pytest.raises(dwindle.DwindleError, match="itself refuses"):
+        dwindle.compress(nn.Linear(4, 4), inputs=_x(4, 16))
+    with pytest.raises(dwindle.DwindleError, match="dimensions from 0 to 1"):
+        dwindle.compress(nn.Linear(16, 4), inputs=_x(4, 16), dynamic_shapes={"input": {5: "batch"}})
