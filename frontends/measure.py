@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.compressed import Compressed
+from ..runtime.contract import Contract
 from .capture import in_mode
 
 BATCHES = (1, 8)
@@ -24,11 +25,9 @@ LEAST_RUNS, MOST_RUNS = 5, 200
 def measure(model: nn.Module, compressed: Compressed, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """p50 and p95 of both models in seconds at each batch size, calls interleaved; and what machine it was."""
     where = machine()  # before the timing, which is load too
+    contract = compressed.contracts[0]
     with in_mode(model, False):
-        rows = [
-            _row(model, compressed, batch, {name: _batched(value, batch) for name, value in arguments.items()})
-            for batch in _batches(compressed)
-        ]
+        rows = [_row(model, compressed, batch, _shaped(contract, arguments, batch)) for batch in _batches(contract)]
     return {"latency": rows, "machine": where}
 
 
@@ -38,10 +37,13 @@ def machine() -> str:
     return f"{chip}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}"
 
 
-def _batches(compressed: Compressed) -> tuple[int, ...]:
-    """BATCHES, or the one batch size that a static capture serves."""
-    fixed = {s.shape[0] for c in compressed.contracts[:1] for s in c.inputs if s.shape and isinstance(s.shape[0], int)}
-    return tuple(size for size in fixed if isinstance(size, int))[:1] or BATCHES
+def _batches(contract: Contract) -> tuple[int, ...]:
+    """BATCHES as far as the contract allows, or the one size that it fixes."""
+    low, high = contract.limits.get("batch", (0, None))
+    if any("batch" in spec.shape for spec in contract.inputs):
+        return tuple(size for size in BATCHES if low <= size and (high is None or size <= high))
+    first = next((spec.shape[0] for spec in contract.inputs if spec.shape), 1)
+    return (first,) if isinstance(first, int) else BATCHES[:1]
 
 
 def _row(model: nn.Module, compressed: Compressed, batch: int, call: Mapping[str, Any]) -> dict[str, float]:
@@ -55,9 +57,13 @@ def _row(model: nn.Module, compressed: Compressed, batch: int, call: Mapping[str
     }
 
 
-def _batched(value: Any, batch: int) -> Any:
-    if not isinstance(value, Tensor) or value.dim() == 0:
-        return value
+def _shaped(contract: Contract, arguments: Mapping[str, Any], batch: int) -> dict[str, Any]:
+    """The arguments at a batch size: inputs with a free batch are repeated and cut, others stay."""
+    free = {spec.name for spec in contract.inputs if spec.shape and spec.shape[0] == "batch"}
+    return {name: _repeated(value, batch) if name in free else value for name, value in arguments.items()}
+
+
+def _repeated(value: Tensor, batch: int) -> Tensor:
     copies = -(-batch // value.shape[0])
     return value.repeat(copies, *(1 for _ in value.shape[1:]))[:batch]
 
