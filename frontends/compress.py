@@ -119,8 +119,20 @@ def require_effect(job: Job, program: Program) -> None:
 def prepared(program: Program, tensors: Sequence[Tensor] | None, job: Job) -> Driver:
     """Take a captured program to one that simulates the plan; the driver holds it and its errors."""
     driver = Driver(program, tensors)
+    _require_finite(driver.captured)
     run_stages(driver, PREPARE, job)
     return driver
+
+
+def _require_finite(outputs: Sequence[Tensor]) -> None:
+    """Some elements may be infinite (masked logits); an output without any finite one proves nothing."""
+    if any(t.is_floating_point() and t.numel() and not t.isfinite().any() for t in outputs):
+        raise CaptureError(
+            "the model gives nothing finite on the example inputs",
+            required="outputs that can be compared",
+            found="an output of NaN or Inf alone",
+            cure="check inputs= and the checkpoint",
+        )
 
 
 def lowered(driver: Driver, job: Job) -> Program:

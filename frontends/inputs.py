@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..runtime.contract import Signature, bind_call, call_key
-from ..runtime.errors import CalibrationError, CaptureError
+from ..runtime.errors import CalibrationError, CaptureError, DwindleError
 from ..runtime.program import Program
 
 EXAMPLE_TOKENS = 16
@@ -114,7 +114,7 @@ def flat_batches(program: Program, signature: Signature, data: Iterable[Any]) ->
     names than forward takes.
     """
     wanted = program.contract.arguments["items"]
-    for batch in data:
+    for batch in _taken(data):
         args = (batch,) if isinstance(batch, Tensor) else tuple(batch) if isinstance(batch, tuple | list) else ()
         kwargs = {n: v for n, v in dict(batch).items() if n in wanted} if _has_names(batch) else {}
         if len(args) > len(signature.names):
@@ -135,6 +135,20 @@ def flat_batches(program: Program, signature: Signature, data: Iterable[Any]) ->
             )
         program.contract.check(tensors)
         yield tensors
+
+
+def _taken(data: Iterable[Any]) -> Iterator[Any]:
+    """The batches; what goes wrong while they are made is said to be the data's, not a pass's."""
+    try:
+        yield from data
+    except DwindleError:
+        raise
+    except Exception as error:
+        raise CalibrationError(
+            "the calibration data cannot be read",
+            required="an iterable of batches",
+            found=f"{type(error).__name__}: {error}",
+        ) from error
 
 
 def _has_names(value: Any) -> bool:

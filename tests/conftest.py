@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import tempfile
 
 import torch
 from hypothesis import HealthCheck, settings
 
 # Tiny tensors gain nothing from threads, and test workers share the cores.
 torch.set_num_threads(1)
+
+# Each worker compiles for itself: kernels that another process is writing are not read half-written.
+_CACHE = tempfile.TemporaryDirectory(prefix="dwindle-inductor-", ignore_cleanup_errors=True)
+atexit.register(_CACHE.cleanup)
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _CACHE.name
 
 # The first example of a test may load torch's compiler, so no deadline.
 settings.register_profile(

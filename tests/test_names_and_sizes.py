@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import dwindle
+from dwindle.runtime.errors import CalibrationError
+
+STATIC = {"quantize": [{"activation": {"range": "static", "kind": "asymmetric"}}]}
 
 
 def _x(*shape: int) -> Tensor:
@@ -46,8 +49,7 @@ class _TwoBiases(nn.Module):
 
 def test_one_weight_with_two_biases() -> None:
     model, x = _TwoBiases().eval(), _x(4, 16)
-    recipe = {"quantize": [{"activation": {"range": "static", "kind": "asymmetric"}}]}
-    small = dwindle.compress(model, recipe, inputs=x, data=[x])
+    small = dwindle.compress(model, STATIC, inputs=x, data=[x])
     eager = dwindle.transplant(small, model, inputs=x)
     with torch.no_grad():
         assert (small(x) - model(x)).norm() < 0.02 * model(x).norm()
@@ -88,6 +90,21 @@ def test_what_is_made_already_is_refused() -> None:
         small.to(torch.bfloat16)
     with pytest.raises(dwindle.DwindleError, match="pickled"):
         pickle.dumps(small)
+
+
+def test_data_that_fails_is_said_to_be_the_datas() -> None:
+    def broken():
+        yield _x(4, 16)
+        raise OSError("the disk is gone")
+
+    for data in (broken(), 5):
+        with pytest.raises(CalibrationError, match="calibration data cannot be read"):
+            dwindle.compress(nn.Linear(16, 4), STATIC, inputs=_x(4, 16), data=data)
+
+
+def test_inputs_that_give_nothing_finite() -> None:
+    with pytest.raises(dwindle.DwindleError, match="nothing finite"):
+        dwindle.compress(nn.Linear(16, 4), inputs=_x(4, 16) * float("nan"))
 
 
 def test_a_recipe_that_quantises_nothing_says_so() -> None:
