@@ -61,7 +61,7 @@ def capture(
     if dynamic_shapes is not None:
         candidates = [{name: dims for name, dims in dynamic_shapes.items() if name in widened}]
     with _CAPTURING, compat.silent(), in_mode(model, training), _taking_tensors(model, widened) as given:
-        module, ranges, dims = _export(model, given, {n: arguments[n] for n in given}, candidates)
+        module, ranges, dims = _export(model, given, {n: arguments[n] for n in given}, candidates, store)
     graph, output = _flat_graph(module, store)
     inputs, limits = _inputs(graph, structure, tensors, dims, ranges)
     program = Program.of(graph, store, Contract(training, structure, inputs, output, limits))
@@ -148,7 +148,11 @@ def _taking_tensors(model: nn.Module, arguments: Mapping[str, Any]) -> Iterator[
 
 
 def _export(
-    model: nn.Module, widened: Mapping[str, Any], fixed: Mapping[str, Any], candidates: list[DynamicShapes]
+    model: nn.Module,
+    widened: Mapping[str, Any],
+    fixed: Mapping[str, Any],
+    candidates: list[DynamicShapes],
+    store: Store,
 ) -> tuple[fx.GraphModule, Mapping[Any, Any], DynamicShapes]:
     failure: Exception | None = None
     for names in candidates:
@@ -160,7 +164,7 @@ def _export(
         except Exception as error:  # whatever the model's code or export raises is the reason to report
             failure = failure or error
     assert failure is not None
-    _require_served(model, fixed)
+    _require_served(model, fixed, store)
     raise CaptureError(
         f"{type(model).__name__} cannot be captured: {_first_line(failure)}",
         required="a forward that torch.export can trace: no branching on values, tensors in and out",
@@ -169,11 +173,11 @@ def _export(
     ) from failure
 
 
-def _require_served(model: nn.Module, arguments: Mapping[str, Any]) -> None:
+def _require_served(model: nn.Module, arguments: Mapping[str, Any], store: Store) -> None:
     """Raise CaptureError when the model itself refuses the arguments: then capture is not what failed."""
     try:
         with torch.no_grad():
-            eager(model, arguments)
+            eager(model, arguments, store)
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} itself refuses the example inputs: {_first_line(error)}",

@@ -17,6 +17,7 @@ from ..passes.verify import difference
 from ..runtime.contract import Contract
 from ..runtime.model import flat_outputs
 from ..runtime.program import Program
+from ..runtime.store import Store
 from ..runtime.structure import flatten, rebuild
 
 ASSUMED = 2
@@ -55,7 +56,7 @@ def _agree(model: nn.Module, program: Program, tensors: Sequence[Tensor]) -> boo
     arguments = rebuild(program.contract.arguments, [t.clone() for t in tensors])
     try:
         with torch.no_grad():
-            expected = flat_outputs(flatten(eager(model, arguments))[1])
+            expected = flat_outputs(flatten(eager(model, arguments, program.store))[1])
             with program.unwritten():
                 found = flat_outputs(program.run([t.clone() for t in tensors]))
     except Exception:  # the model has no such size, or the graph has not; then there is nothing to serve
@@ -64,7 +65,9 @@ def _agree(model: nn.Module, program: Program, tensors: Sequence[Tensor]) -> boo
     return same and difference(expected, found).relative <= LIMIT
 
 
-def eager(model: nn.Module, arguments: Mapping[str, Any]) -> Any:
-    """Call the model as it is; buffers that it writes are clones for the time being."""
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    return torch.func.functional_call(model, buffers, (), dict(arguments))
+def eager(model: nn.Module, arguments: Mapping[str, Any], store: Store) -> Any:
+    """Call the model with the tensors of `store` (a student's are not the model's); buffers it writes are clones."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    held = {name: value for name, _ in named if isinstance(value := store.get(name), Tensor)}
+    state = {name: value if isinstance(value, nn.Parameter) else value.clone() for name, value in held.items()}
+    return torch.func.functional_call(model, state, (), dict(arguments))

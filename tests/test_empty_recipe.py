@@ -111,6 +111,16 @@ def test_the_callers_model_is_untouched() -> None:
     assert not set(pointers) & {p.data_ptr() for p in student.parameters()}
 
 
+def test_a_trained_student_serves_a_batch_of_one_in_a_new_variant() -> None:
+    model, inputs = ZOO["bert"]()
+    student = dwindle.prepare(model, {}, inputs=inputs)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        one = {name: value[:1] for name, value in inputs.items()}
+        assert len(student(**one, output_hidden_states=True).hidden_states) == 3
+
+
 @pytest.mark.parametrize("name", ["mlp", "bert", "tied_lm", "gpt2", "cnn"])
 def test_a_student_trains_and_finishes(name: str) -> None:
     model, inputs = ZOO[name]()
