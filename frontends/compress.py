@@ -119,8 +119,8 @@ def require_effect(job: Job, program: Program) -> None:
 def prepared(program: Program, tensors: Sequence[Tensor] | None, job: Job) -> Driver:
     """Take a captured program to one that simulates the plan; the driver holds it and its errors."""
     driver = Driver(program, tensors)
+    run_stages(driver, PREPARE, job)  # weights that are not finite are named by the pass that meets them
     _require_finite(driver.captured)
-    run_stages(driver, PREPARE, job)
     return driver
 
 

@@ -6,6 +6,7 @@ import atexit
 import os
 import tempfile
 
+import setuptools  # noqa: F401  # before torch's inductor imports distutils, which setuptools replaces
 import torch
 from hypothesis import HealthCheck, settings
 
