@@ -26,6 +26,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from ..runtime.errors import ArtifactError, CalibrationError, DwindleError
+from ..runtime.files import appearing, require_free
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -156,12 +157,13 @@ def compress(
             small = compress_model(source.model, parsed, inputs=source.inputs, data=batches)
         with stage.step("Measuring latency"):
             report = small.report()
-        with stage.step("Writing"):
-            small.save(out)
-            write_page(report, out / "report.html", title=source.name)
-        if onnx:
-            with stage.step("Exporting to ONNX"):
-                small.export_onnx(out / "model.onnx", provider="cpu")
+        with appearing(out) as draft:
+            with stage.step("Writing"):
+                small.save(draft)
+                write_page(report, draft / "report.html", title=source.name)
+            if onnx:
+                with stage.step("Exporting to ONNX"):
+                    small.export_onnx(draft / "model.onnx", provider="cpu")
     _show(as_json, report.to_json, report, Text(f"Wrote {out}{os.sep}"))
 
 
@@ -259,17 +261,6 @@ def demo(
     with _quiet_libraries():
         figures = run_demo(out, quick=quick)
     _show(as_json, figures.to_json, figures)
-
-
-def require_free(path: Path) -> None:
-    """Refuse an existing output before the work, not after. Raises ArtifactError."""
-    if os.path.lexists(path):
-        raise ArtifactError(
-            "cannot write over something that is there",
-            required="a path that does not exist",
-            found=str(path),
-            cure="remove it, or choose another path with --out",
-        )
 
 
 def _require_data(recipe: Recipe, data: str | None) -> None:

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -28,7 +26,8 @@ from torch import Tensor
 
 from ..runtime.certificate import Certificate
 from ..runtime.compressed import Compressed
-from ..runtime.errors import ArtifactError, MissingDependencyError
+from ..runtime.errors import MissingDependencyError
+from ..runtime.files import appearing
 from ..runtime.report import differences, size
 from .assets import MINILM, fetch, load_bbc, load_minilm
 from .bench import Bench, bench
@@ -120,23 +119,10 @@ class DemoFigures:
 
 def run_demo(out: Path, *, quick: bool = False, quiet: bool = False) -> DemoFigures:
     """Compress, measure, and write everything to the new folder `out`. Raises ArtifactError if it exists."""
-    if os.path.lexists(out):
-        raise ArtifactError(
-            "cannot write over something that is there",
-            required="a path that does not exist",
-            found=str(out),
-            cure="remove it, or choose another path",
-        )
-    draft = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
-    draft.mkdir(parents=True)
-    try:
-        with steps(quiet=quiet) as stage:
-            figures = _run(draft, out, quick, stage)
+    with appearing(out) as draft, steps(quiet=quiet) as stage:
+        draft.mkdir()
+        figures = _run(draft, out, quick, stage)
         (draft / "figures.json").write_text(json.dumps(figures.to_json(), indent=1) + "\n", encoding="utf-8")
-        draft.rename(out)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
     return figures
 
 

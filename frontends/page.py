@@ -7,8 +7,6 @@ or a recipe is escaped.
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -16,7 +14,7 @@ from string import Template
 from typing import Any
 
 from ..runtime.certificate import Certificate, Layer
-from ..runtime.errors import DwindleError
+from ..runtime.files import appearing
 from ..runtime.program import Entry
 from ..runtime.report import Report, block_of, is_quantized, size, spoken
 from .charts import Bar, bar_chart
@@ -25,16 +23,10 @@ FRAME = Path(__file__).with_name("page.html")
 
 
 def write_page(report: Report, path: str | Path, *, title: str = "Compressed model") -> Path:
-    """Write the report to the new file `path`, which appears whole or not at all. Raises DwindleError if it exists."""
+    """Write the report to the new file `path`, which appears whole or not at all. Raises ArtifactError if it exists."""
     path = Path(path)
-    if path.exists():
-        raise DwindleError("a report is there already", required="a path that does not exist", found=path)
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
+    with appearing(path) as draft:
         draft.write_text(page(report, title=title), encoding="utf-8")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
     return path
 
 

@@ -28,8 +28,24 @@ class Layer:
     error: float | None = None
 
 
+class Layered:
+    """Something made of layers, and what they take together."""
+
+    layers: tuple[Layer, ...]
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes in the original model, each tensor once."""
+        return sum(layer.bytes_before for layer in self.layers)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes as stored now."""
+        return sum(layer.bytes_after for layer in self.layers)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Certificate:
+class Certificate(Layered):
     """Facts of one finished model.
 
     simulated: nodes that only simulate quantisation; graph_breaks: graphs per variant less one
@@ -72,16 +88,6 @@ class Certificate:
                 found="; ".join(problems),
                 cure="exclude the layers named in the log, and report this with the model's config",
             )
-
-    @property
-    def bytes_before(self) -> int:
-        """Bytes of all tensors of the original model, each once."""
-        return sum(layer.bytes_before for layer in self.layers)
-
-    @property
-    def bytes_after(self) -> int:
-        """Bytes of all tensors as stored now."""
-        return sum(layer.bytes_after for layer in self.layers)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""

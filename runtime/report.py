@@ -19,7 +19,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .certificate import Certificate, Layer
+from .certificate import Certificate, Layer, Layered
 from .program import Entry
 from .scheme import Scheme
 
@@ -30,7 +30,7 @@ WIDE, NARROW = 100, 64  # columns; tables of layers leave out what can be done w
 
 
 @dataclass(frozen=True)
-class Block:
+class Block(Layered):
     """Layers of one part of a model: `encoder.layer.3` and what lies below it."""
 
     name: str
@@ -40,16 +40,6 @@ class Block:
     def quantized(self) -> tuple[Layer, ...]:
         """Those stored as integers."""
         return tuple(layer for layer in self.layers if is_quantized(layer))
-
-    @property
-    def bytes_before(self) -> int:
-        """Bytes in the original model."""
-        return sum(layer.bytes_before for layer in self.layers)
-
-    @property
-    def bytes_after(self) -> int:
-        """Bytes as stored now."""
-        return sum(layer.bytes_after for layer in self.layers)
 
     @property
     def error(self) -> float | None:

@@ -10,14 +10,10 @@ contents, against damage; it is no signature.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
 import json
 import math
-import os
-import secrets
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .errors import ArtifactError
+from .files import appearing
 from .graph_json import graph_to_json
 from .qtensor import QTensor
 from .store import Store
@@ -48,20 +45,11 @@ def save(model: Compressed, path: Path) -> Path:
 
     Raises ArtifactError if `path` exists, or where a graph, tensor, recipe or config cannot be written.
     """
-    if os.path.lexists(path):
-        raise ArtifactError(
-            "cannot save over something that is there",
-            required="a path that does not exist",
-            found=str(path),
-            cure="remove it, or choose another path",
-        )
     tensors = _Tensors(model.store)
-    manifest = describe(model, tensors.entries)
-    config = _config(model)
-    missing = [folder for folder in path.parents if not folder.exists()]
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        draft.mkdir(parents=True)
+    with appearing(path) as draft:
+        draft.mkdir()
+        manifest = describe(model, tensors.entries)
+        config = _config(model)
         _write_weights(tensors.values, draft / WEIGHTS)
         if config is not None:
             (draft / CONFIG).write_text(lay_out(config) + "\n", encoding="utf-8")
@@ -70,16 +58,6 @@ def save(model: Compressed, path: Path) -> Path:
         (draft / MANIFEST).write_text(lay_out(manifest) + "\n", encoding="utf-8")
         # safetensors makes files that only their owner may read.
         (draft / WEIGHTS).chmod((draft / MANIFEST).stat().st_mode)
-        for part in (*draft.iterdir(), draft):
-            _flush(part)
-        draft.rename(path)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        for folder in missing:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        raise
-    _flush(path.parent)
     return path
 
 
@@ -238,13 +216,3 @@ def _write_weights(tensors: Mapping[str, Tensor], file: Path) -> None:
     except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
         required = "dtypes of safetensors, and room on the disk"
         raise ArtifactError("the weights cannot be written", required=required, found=error) from error
-
-
-def _flush(path: Path) -> None:
-    """Ask the system to bring a file or folder to disk; not every file system can for folders."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
-            os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 import dwindle
 from dwindle.frontends.capture import capture
-from dwindle.runtime import saving
+from dwindle.runtime import files, saving
 from dwindle.runtime.artifact import load, save
 from dwindle.runtime.certificate import Certificate, Layer
 from dwindle.runtime.compressed import Compressed
@@ -333,14 +334,19 @@ def test_an_existing_path_is_left_alone(tmp_path: Path) -> None:
         model.save(tmp_path / "dangling")
 
 
-@pytest.mark.parametrize("failing", ["_write_weights", "fingerprint", "digest", "_flush"])
-def test_a_crash_midway_leaves_nothing(failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("module", "failing"),
+    [(saving, "_write_weights"), (saving, "fingerprint"), (saving, "digest"), (files, "_flush")],
+)
+def test_a_crash_midway_leaves_nothing(
+    module: ModuleType, failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, _ = compressed("mlp")
 
     def fail(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(saving, failing, fail)
+    monkeypatch.setattr(module, failing, fail)
     with pytest.raises(KeyboardInterrupt):
         model.save(tmp_path / "new" / "saved")
     assert list(tmp_path.iterdir()) == []

@@ -85,6 +85,17 @@ def test_compress_exports_onnx(here: Path) -> None:
     assert (here / "small/model.onnx").stat().st_size > 0
 
 
+def test_an_export_that_fails_leaves_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise ExportError("no")
+
+    monkeypatch.setattr("dwindle.runtime.onnx.export.check", fail)
+    assert run("compress", "tiny:mlp", "--out", "new/small", "--onnx").exit_code == 1
+    assert [path.name for path in here.iterdir() if path.is_dir() and path.name != "__pycache__"] == []
+
+
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
 def test_onnx_without_its_packages_is_refused_before_the_work(
     here: Path, monkeypatch: pytest.MonkeyPatch, package: str

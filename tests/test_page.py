@@ -110,7 +110,7 @@ def test_same_report_same_bytes(tmp_path: Path) -> None:
 def test_an_existing_file_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     path.write_text("mine")
-    with pytest.raises(DwindleError, match="there already"):
+    with pytest.raises(DwindleError, match="something that is there"):
         write_page(report(), path)
     assert path.read_text() == "mine"
 
