@@ -60,17 +60,27 @@ def capture(
     candidates = guess_dynamic(widened)
     if dynamic_shapes is not None:
         candidates = [{name: dims for name, dims in dynamic_shapes.items() if name in widened}]
-    with _CAPTURING, compat.silent(), in_mode(model, training), _taking_tensors(model, widened) as given:
+    with _CAPTURING, compat.silent(), _recording(), in_mode(model, training), _taking_tensors(model, widened) as given:
         module, ranges, dims = _export(model, given, {n: arguments[n] for n in given}, candidates, store)
     graph, output = _flat_graph(module, store)
     inputs, limits = _inputs(graph, structure, tensors, dims, ranges)
     program = Program.of(graph, store, Contract(training, structure, inputs, output, limits))
+    _own_what_is_written(program)
     with _CAPTURING, in_mode(model, training):
-        program.contract = proved(model, program, tensors)
+        _, taken = flatten(dict(widened if dims else arguments))
+        program.contract = proved(model, program, taken)
     if alone and program.contract.limits.get("batch", (0, None))[0] > 1:
         # The example is a batch of 1, which this model treats in its own way: then that is what it is captured for.
         return capture(model, arguments, store, training=training, dynamic_shapes={})
     return program
+
+
+def _own_what_is_written(program: Program) -> None:
+    """A parameter that the graph itself writes (an embedding with max_norm) is cloned where it was borrowed."""
+    for name in program.written() if program.store.borrows else ():
+        value = program.store.get(name)
+        if isinstance(value, nn.Parameter):
+            program.store.put(name, nn.Parameter(value.detach().clone(), value.requires_grad))
 
 
 def _require_dimensions(arguments: Mapping[str, Any], dynamic_shapes: DynamicShapes) -> None:
@@ -108,6 +118,13 @@ def _widen(value: Any, alone: bool) -> Any:
     if isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] == 1 and not value.is_floating_point():
         value = value.repeat(1, 2)
     return value
+
+
+@contextlib.contextmanager
+def _recording() -> Iterator[None]:
+    """Under a caller's no_grad, export would not see which regions of the model are under one."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 @contextlib.contextmanager
@@ -262,6 +279,13 @@ _REGIONS = {
 
 
 def _inline(node: fx.Node, graph: fx.Graph, values: dict[fx.Node, Any], store: Store) -> Any:
+    if node.target is torch.ops.higher_order.wrap_with_autocast and node.args[2] is True:
+        raise CaptureError(
+            "the model casts by torch.autocast inside its forward",
+            required="casts written out, or autocast around the call",
+            found=f"torch.autocast({node.args[0]!r}, {node.args[1]})",
+            cure="move autocast out of forward; the compressed model may be called under it",
+        )
     position = _REGIONS[cast(HigherOrderOperator, node.target)]
     body = values[node.args[position]]  # type: ignore[index]  # a node by construction
     inner: dict[fx.Node, Any] = {}
@@ -331,7 +355,7 @@ def _inputs(
             if span is not None:
                 high = int(span.upper) if span.upper.is_Integer and span.upper < 2**31 else None
                 limits[label] = (int(span.lower), high)
-        inputs.append(Input(name, str(val.dtype).removeprefix("torch."), tuple(shape)))
+        inputs.append(Input(name, str(val.dtype).removeprefix("torch."), tuple(shape), val.is_contiguous()))
         node.name, node.target = node.name, node.name
     return tuple(inputs), limits
 

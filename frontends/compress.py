@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..passes.certify import certify, lowering_error, tensor_sizes
+from ..passes.certify import certify, lowering_error, rounding, tensor_sizes
 from ..passes.driver import Driver
 from ..passes.pipeline import FINISH, PREPARE, Job, run_stages
 from ..passes.verify import Difference, difference
+from ..runtime.certificate import require_lowered
 from ..runtime.compressed import Compressed
 from ..runtime.contract import Signature
 from ..runtime.errors import CalibrationError, CaptureError, RecipeError
@@ -74,7 +75,7 @@ def compress(
         again = Job(plan=plan, target=target)
         # A training variant writes running statistics, so it is not run to verify it.
         tensors = None if training else verification_inputs(fresh, signature, call)
-        return lowered(prepared(fresh, tensors, again), again)
+        return replayed(prepared(fresh, tensors, again), tensors, again)
 
     if plan:
         target.freeze()
@@ -138,6 +139,15 @@ def _require_finite(outputs: Sequence[Tensor]) -> None:
 def lowered(driver: Driver, job: Job) -> Program:
     """Make real what a prepared program simulates."""
     return run_stages(driver, FINISH, job)
+
+
+def replayed(driver: Driver, tensors: Sequence[Tensor] | None, job: Job) -> Program:
+    """A further variant, lowered and verified as the first one was; without `tensors` it is not verified."""
+    if tensors is None:
+        return lowered(driver, job)
+    program, lowering, _ = finish(driver, tensors, job)
+    require_lowered(lowering, rounding(program))
+    return program
 
 
 def finish(driver: Driver, tensors: Sequence[Tensor], job: Job) -> tuple[Program, float, Difference]:

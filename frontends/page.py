@@ -13,7 +13,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from ..runtime.certificate import Certificate, Layer
+from ..runtime.certificate import Certificate, Layer, lowering_limit
 from ..runtime.files import appearing
 from ..runtime.program import Entry
 from ..runtime.report import Report, block_of, is_quantized, size, spoken
@@ -174,9 +174,9 @@ def _certificate(c: Certificate) -> str:
         (c.simulated == 0, "No node only simulates", f"{c.simulated} fake-quantise nodes left"),
         (c.graph_breaks == 0, "One graph", f"{c.graph_breaks} graph breaks"),
         (
-            c.lowering_error <= c.LOWERING_LIMIT,
+            c.lowering_error <= lowering_limit(c.rounding),
             "Integers compute what was simulated",
-            f"relative error {c.lowering_error:.2g}, at most {c.LOWERING_LIMIT:g} allowed",
+            f"relative error {c.lowering_error:.2g}, at most {lowering_limit(c.rounding):.2g} allowed",
         ),
         (c.bytes_after <= c.bytes_before, "Smaller", f"{c.bytes_before:,} bytes, now {c.bytes_after:,}"),
     )

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ..passes.verify import difference
 from ..runtime.contract import Contract
+from ..runtime.errors import CaptureError
 from ..runtime.model import flat_outputs
-from ..runtime.program import Program
+from ..runtime.program import Program, is_random
 from ..runtime.store import Store
 from ..runtime.structure import flatten, rebuild
 
@@ -35,11 +36,24 @@ def proved(model: nn.Module, program: Program, tensors: Sequence[Tensor]) -> Con
     contract = program.contract
     if contract.training:
         return contract
+    _require_alike(model, program, tensors)
     limits = dict(contract.limits)
     for name, (low, high) in contract.limits.items():
         if low < ASSUMED and not _agree(model, program, _cut(contract, tensors, name)):
             limits[name] = (ASSUMED, high)
     return replace(contract, limits=limits)
+
+
+def _require_alike(model: nn.Module, program: Program, tensors: Sequence[Tensor]) -> None:
+    """Raise CaptureError where the graph, on the example itself, is not the model: then nothing built on it is."""
+    if any(is_random(node) for node in program.graph.nodes) or _agree(model, program, tensors):
+        return
+    raise CaptureError(
+        f"the graph captured from {type(model).__name__} does not compute what the model does",
+        required=f"outputs within {LIMIT} of the model's on the example inputs",
+        found="other ones",
+        cure="capture a submodule without side effects, or report this with the model's config",
+    )
 
 
 def _cut(contract: Contract, tensors: Sequence[Tensor], name: str) -> list[Tensor]:
@@ -56,7 +70,7 @@ def _agree(model: nn.Module, program: Program, tensors: Sequence[Tensor]) -> boo
     arguments = rebuild(program.contract.arguments, [t.clone() for t in tensors])
     try:
         with torch.no_grad():
-            expected = flat_outputs(flatten(eager(model, arguments, program.store))[1])
+            expected = flat_outputs(flatten(eager(model, arguments, program.store, program.written()))[1])
             with program.unwritten():
                 found = flat_outputs(program.run([t.clone() for t in tensors]))
     except Exception:  # the model has no such size, or the graph has not; then there is nothing to serve
@@ -65,9 +79,10 @@ def _agree(model: nn.Module, program: Program, tensors: Sequence[Tensor]) -> boo
     return same and difference(expected, found).relative <= LIMIT
 
 
-def eager(model: nn.Module, arguments: Mapping[str, Any], store: Store) -> Any:
-    """Call the model with the tensors of `store` (a student's are not the model's); buffers it writes are clones."""
+def eager(model: nn.Module, arguments: Mapping[str, Any], store: Store, written: Sequence[str] = ()) -> Any:
+    """Call the model with the tensors of `store` (a student's are not the model's); those it writes are clones."""
     named = [*model.named_parameters(), *model.named_buffers()]
     held = {name: value for name, _ in named if isinstance(value := store.get(name), Tensor)}
-    state = {name: value if isinstance(value, nn.Parameter) else value.clone() for name, value in held.items()}
+    kept = {name for name, value in held.items() if isinstance(value, nn.Parameter) and name not in written}
+    state = {name: value if name in kept else value.detach().clone() for name, value in held.items()}
     return torch.func.functional_call(model, state, (), dict(arguments))

@@ -26,8 +26,8 @@ from .compress import (
     calibration_batches,
     finish,
     forwarded,
-    lowered,
     prepared,
+    replayed,
     require_effect,
     require_original,
     verification_inputs,
@@ -48,10 +48,10 @@ class Student(GraphModel):
 
         Raises CertificateError when the finished model is not what was trained.
         """
-        simulated = next(p for p in self.variants.values() if not p.contract.training)
+        simulated = next(p for p in self.variants.values() if not p.contract.training).copy()
         tensors = verification_inputs(simulated, self.signature, self.example)
         job = Job(plan=self.plan, target=Store(), trains=True)
-        program, lowering, output = finish(Driver(simulated, tensors), tensors, job)
+        program, lowering, output = finish(Driver(simulated.copy(), tensors), tensors, job)
         certificate = certify(program, simulated, tensors, tensor_sizes(simulated), lowering, output)
         certificate.check()
         job.target.freeze(clone=True)
@@ -62,7 +62,9 @@ class Student(GraphModel):
 
         def grow(training: bool, call: Mapping[str, Any]) -> Program:
             again = Job(plan=self.plan, target=job.target, trains=True)
-            return lowered(Driver(regrow(training, call), None), again)
+            fresh = regrow(training, call)
+            inputs = None if training else verification_inputs(fresh, self.signature, call)
+            return replayed(Driver(fresh, inputs), inputs, again)
 
         compressed = Compressed.called(f"{type(self).__name__.removesuffix('Student')}Compressed", self.signature)(
             job.target,

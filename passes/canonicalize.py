@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..runtime.program import Program, value_of
+from ..runtime.program import Program, escapes, source_of, value_of
 from .match import Call, Literal, Match, Maybe, Stored, Var, full_args
 from .rewrite import Rule, apply_rules
 
@@ -48,7 +48,11 @@ def _input(program: Program, found: Match) -> Any:
 def _same_value(program: Program, found: Match) -> str | None:
     x, y = value_of(found["x"]), value_of(found.root)
     same = x.dtype == y.dtype and x.device == y.device and x.shape == y.shape and x.stride() == y.stride()
-    return None if same else "changes dtype, device or layout"
+    if not same:
+        return "changes dtype, device or layout"
+    copies = found.root.target in _COPIES or _argument(found.root, "copy") is True
+    shared = copies and (escapes(found.root) or escapes(source_of(found["x"])))
+    return "is a copy, and one of the two may be written" if shared else None
 
 
 DROPOUT_OFF = Rule(
@@ -63,12 +67,19 @@ DROPOUT_ZERO = Rule(
     replace=_input,
 )
 
-# detach is left alone: it changes the gradient.
+
+def _argument(node: fx.Node, name: str) -> Any:
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]  # ATen has one
+    return dict(zip(names, full_args(node), strict=True)).get(name)
+
+
+_COPIES = (aten.lift_fresh_copy.default, aten._to_copy.default)
+
+# detach is left alone: it changes the gradient; contiguous because a caller's strides may be others.
 NO_OP = Rule(
     name="canonicalize.no_op",
     pattern=Call(
         (
-            aten.contiguous.default,
             aten.to.dtype,
             aten.to.device,
             aten.to.dtype_layout,

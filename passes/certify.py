@@ -60,13 +60,13 @@ def certify(
         output_error=output.to_json(),
         inputs=shapes,
         torch=torch.__version__,
-        rounding=max((torch.finfo(dtype).eps for dtype in _dtypes(finished)), default=0.0),
+        rounding=rounding(finished),
     )
 
 
-def _dtypes(program: Program) -> set[torch.dtype]:
-    """Of the results of lowered calls."""
-    return {value_of(n).dtype for n in program.graph.nodes if SITE in n.meta}
+def rounding(program: Program) -> float:
+    """eps of the coarsest dtype in which a lowered call gives its result."""
+    return max((torch.finfo(value_of(n).dtype).eps for n in program.graph.nodes if SITE in n.meta), default=0.0)
 
 
 def simulated(program: Program) -> list[fx.Node]:

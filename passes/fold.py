@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..runtime.program import Entry, Program, has_effect
+from ..runtime.program import Entry, Program, escapes, is_random, writes
 from .match import Call, Literal, Match, Maybe, Stored, Var, full_args
 from .rewrite import Rule, apply_rules
 
@@ -20,9 +20,15 @@ aten = torch.ops.aten
 
 FOLD_BYTES = 1 << 20
 
+# In `Store.forms`: a variant that cannot fold reads the model's own tensor beside this one.
+FOLDED = "folded"
+
 
 def fold_constants(program: Program) -> Program:
-    """Evaluate calls whose every tensor argument is a stored buffer. Exact; leaves training variants alone."""
+    """Evaluate calls whose every tensor argument is a stored buffer. Exact; leaves training variants alone.
+
+    A value stays where it is computed if something may write to it: each call needs a fresh one.
+    """
     if program.contract.training:
         return program
     values: dict[fx.Node, Tensor] = {}
@@ -33,7 +39,7 @@ def fold_constants(program: Program) -> Program:
             values[node] = value
     for node, value in values.items():
         outside = [u for u in node.users if u not in values]
-        if node.op == "get_attr" or not outside or value.numel() * value.element_size() > FOLD_BYTES:
+        if node.op == "get_attr" or not outside or escapes(node) or value.numel() * value.element_size() > FOLD_BYTES:
             continue
         new = program.get_attr(program.store.constant(value), node)
         for user in outside:
@@ -48,7 +54,7 @@ def _constant(program: Program, node: fx.Node, values: dict[fx.Node, Tensor]) ->
     if name is not None:
         stored = program.store.get(name)
         return stored if isinstance(stored, Tensor) and not isinstance(stored, nn.Parameter) else None
-    if node.op != "call_function" or has_effect(node) or not node.all_input_nodes or _random(node):
+    if node.op != "call_function" or writes(node) or not node.all_input_nodes or is_random(node):
         return None
     if not all(n in values for n in node.all_input_nodes):
         return None
@@ -56,11 +62,6 @@ def _constant(program: Program, node: fx.Node, values: dict[fx.Node, Tensor]) ->
     with torch.no_grad():
         result = node.target(*args, **kwargs)  # type: ignore[operator]  # a call_function's target is callable
     return result.contiguous() if isinstance(result, Tensor) else None
-
-
-def _random(node: fx.Node) -> bool:
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.nondeterministic_seeded in tags
 
 
 def _one_reader(program: Program, found: Match) -> str | None:
@@ -95,6 +96,7 @@ def _fold_batch_norm(program: Program, found: Match) -> Any:
     bias_name = str(found["b"].target) if b is not None else folded_bias_name(fqn)
     store.put(fqn, nn.Parameter(weight.to(w.dtype)))
     store.put(bias_name, nn.Parameter(bias.to(w.dtype)))
+    store.forms[fqn] = store.forms[bias_name] = FOLDED
     read = program.get_attr(bias_name, conv)
     return program.emit(aten.conv2d.default, found["x"], found["w"], read, *full_args(conv)[3:], like=found.root)
 

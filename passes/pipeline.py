@@ -66,6 +66,10 @@ class Stage:
     limit: float | None = None
 
 
+def _fold_constants(program: Program, job: Job) -> Program:
+    return fold_constants(program)
+
+
 def _linearize(program: Program, job: Job) -> Program:
     apply_rules(program, TO_LINEAR, "linearize")
     return program
@@ -106,7 +110,8 @@ def _lower(program: Program, job: Job) -> Program:
 
 PREPARE: tuple[Stage, ...] = (
     Stage(name="canonicalize", run=lambda program, job: canonicalize(program), exact=True),
-    Stage(name="fold_constants", run=lambda program, job: fold_constants(program), exact=True),
+    # A student's buffers change as it trains.
+    Stage(name="fold_constants", run=_fold_constants, needed=lambda program, job: not job.trains, exact=True),
     Stage(name="linearize", run=_linearize, needed=lambda program, job: job.wants("linear"), limit=1e-3),
     Stage(
         name="fold_batch_norm",
@@ -119,7 +124,10 @@ PREPARE: tuple[Stage, ...] = (
     Stage(name="insert", run=_insert, needed=lambda program, job: bool(job.plan)),
 )
 
-FINISH: tuple[Stage, ...] = (Stage(name="lower", run=_lower),)
+FINISH: tuple[Stage, ...] = (
+    Stage(name="fold_trained_constants", run=_fold_constants, needed=lambda program, job: job.trains, exact=True),
+    Stage(name="lower", run=_lower),
+)
 
 PIPELINE: tuple[Stage, ...] = (*PREPARE, *FINISH)
 

@@ -21,11 +21,15 @@ Key = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Input:
-    """One tensor of a call: an int in `shape` is fixed, a name may vary but is one number in one call."""
+    """One tensor of a call: an int in `shape` is fixed, a name may vary but is one number in one call.
+
+    contiguous: it was so when it was captured, and the graph may count on it
+    """
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+    contiguous: bool = True
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,10 @@ class Contract:
         return call_key(self.training, self.arguments)
 
     def check(self, tensors: Sequence[Tensor]) -> None:
-        """Raise CaptureError unless `tensors` fit: floating or not, rank, fixed sizes, named sizes, limits."""
+        """Raise CaptureError unless `tensors` fit: dtype, rank, fixed sizes, named sizes, limits."""
         sizes: dict[str, tuple[int, str]] = {}
         for spec, tensor in zip(self.inputs, tensors, strict=True):
-            if tensor.dim() != len(spec.shape) or tensor.is_floating_point() != _floating(spec.dtype):
+            if tensor.dim() != len(spec.shape) or not _serves(spec.dtype, tensor.dtype):
                 raise self._mismatch(spec, tensor)
             for size, required in zip(tensor.shape, spec.shape, strict=True):
                 if isinstance(required, int):
@@ -68,6 +72,10 @@ class Contract:
                     raise self._mismatch(
                         spec, tensor, f"with {required} = {sizes[required][0]}, as in {sizes[required][1]}"
                     )
+
+    def laid(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """`tensors` in the memory layout that the graph counts on."""
+        return [t.contiguous() if spec.contiguous else t for spec, t in zip(self.inputs, tensors, strict=True)]
 
     def _mismatch(self, spec: Input, tensor: Tensor, more: str = "") -> CaptureError:
         return CaptureError(
@@ -104,7 +112,7 @@ class Contract:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Contract:
         """Inverse of `to_json`."""
-        inputs = tuple(Input(i["name"], i["dtype"], tuple(i["shape"])) for i in data["inputs"])
+        inputs = tuple(Input(i["name"], i["dtype"], tuple(i["shape"]), i["contiguous"]) for i in data["inputs"])
         limits = {name: (low, high) for name, (low, high) in data["limits"].items()}
         return Contract(data["training"], data["arguments"], inputs, data["output"], limits)
 
@@ -202,9 +210,13 @@ def _key(structure: Structure) -> Key:
     return (kind, *(_key(part) for part in items))
 
 
-def _floating(dtype: str) -> bool:
-    value = getattr(torch, dtype)
-    return bool(value.is_floating_point)
+# Indices and masks come in either. Any other dtype may take another way through the model than the graph has.
+_INDICES = (torch.int32, torch.int64)
+
+
+def _serves(captured: str, given: torch.dtype) -> bool:
+    required = getattr(torch, captured)
+    return given == required or (given in _INDICES and required in _INDICES)
 
 
 def _brief(structure: Structure, shapes: Any) -> str:

@@ -107,7 +107,7 @@ class GraphModel(nn.Module):
         structure, tensors = bind_call(self.signature, args, kwargs)
         program = self.program(self.training, structure, lambda: self.signature.bind(args, kwargs))
         program.contract.check(tensors)
-        return rebuild(program.contract.output, program.module(*tensors))
+        return rebuild(program.contract.output, program.module(*program.contract.laid(tensors)))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
     def _capture(self, training: bool, structure: Structure, arguments: Mapping[str, Any]) -> Program:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor, fx
 from . import compat
 from .contract import Contract
 from .store import Store, view
+
+aten = torch.ops.aten
 
 # What a new node takes over from the one it stands for: where in the model it came from.
 _KEPT = ("nn_module_stack", "stack_trace")
@@ -124,7 +127,7 @@ class Program:
         """Names of the stored tensors that some call writes in place, itself or through a view."""
         names = dict[str, None]()
         for node in self.graph.nodes:
-            if node.op == "call_function" and has_effect(node):
+            if writes(node):
                 base = node.args[0]
                 while isinstance(base, fx.Node) and base.op == "call_function":
                     base = base.args[0] if base.args else None
@@ -146,17 +149,45 @@ class Program:
                     value.copy_(before[name])
 
     def tidy(self) -> None:
-        """Drop dead nodes and regenerate the code."""
-        self.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or has_effect(n))
+        """Drop dead nodes and regenerate the code. In training a dead random call stays: it advances the generator."""
+        training = self.contract.training
+        self.graph.eliminate_dead_code(
+            lambda n: n.op in ("placeholder", "output") or writes(n) or (training and is_random(n))
+        )
         self.module.recompile()
 
 
-def has_effect(node: fx.Node) -> bool:
-    """True for a call that does something besides giving a value: writes an argument, or is random."""
-    if node.op in ("placeholder", "output"):
-        return True
+def writes(node: fx.Node) -> bool:
+    """Whether a call writes an argument in place."""
     schema = getattr(node.target, "_schema", None)
-    return bool(schema is not None and schema.is_mutable)
+    return node.op == "call_function" and schema is not None and bool(schema.is_mutable)
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether a call draws random numbers."""
+    return node.op == "call_function" and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def escapes(node: fx.Node) -> bool:
+    """Whether the memory of a node's value may be written by a later call, or given to the caller."""
+    return any(user.op == "output" or writes(user) or (_may_alias(user) and escapes(user)) for user in node.users)
+
+
+def source_of(node: fx.Node) -> fx.Node:
+    """The node whose memory `node` may be a view of."""
+    while node.op == "call_function" and _may_alias(node) and node.args and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+# Calls that may give back an argument itself, which their schema does not say.
+_GIVES_BACK = (operator.getitem, aten.dropout.default, aten.feature_dropout.default, aten.type_as.default)
+
+
+def _may_alias(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    declared = schema is not None and any(r.alias_info is not None for r in schema.returns)
+    return declared or node.target in _GIVES_BACK
 
 
 def value_of(node: fx.Node) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import numerics
 from .errors import SchemeError
-from .layout import pack, unpack
+from .layout import block_of, layout_of, pack, unpack
 from .numerics import Params
 from .scheme import Scheme
 
@@ -90,6 +90,15 @@ class QTensor(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.scheme.spell()}, shape={self.shape}, {self.nbytes} bytes"
+
+
+def packed_nbytes(shape: tuple[int, ...], scheme: Scheme) -> int:
+    """Bytes of a QTensor of this shape: codes, and an fp32 scale and zero point for each group."""
+    columns, layout = math.prod(shape[1:]), layout_of(scheme)
+    block = columns if layout.bits == 8 else block_of(columns, scheme)
+    codes = shape[0] * -(-columns // max(block, 1)) * block * layout.bits // 8
+    scales = math.prod(numerics.scale_shape(shape, scheme))
+    return codes + 4 * scales * (2 if scheme.kind == "asymmetric" else 1)
 
 
 def _packed(weight: Tensor, scheme: Scheme, params: Params | None, key: int | None) -> tuple[Tensor, Params]:

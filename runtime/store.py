@@ -7,6 +7,7 @@ casting or replacing a tensor in one place shows everywhere. A tied weight is on
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +19,16 @@ class Store(nn.Module):
     """Parameters, buffers and QTensors by dotted name.
 
     aliases: every other name of a tied tensor -> the name it is stored under.
+    forms: what a tensor here is where it is not the model's of that name as it lies: folded, transposed
+    borrows: the parameters are somebody else's. adopts: what `adopt` does to a tensor of another store
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.aliases: dict[str, str] = {}
+        self.forms: dict[str, str] = {}
+        self.borrows = False
+        self.adopts: Literal["as it is", "frozen", "cloned"] = "as it is"
 
     @staticmethod
     def of(model: nn.Module, *, clone: bool = False) -> Store:
@@ -42,6 +48,7 @@ class Store(nn.Module):
     def borrowing(model: nn.Module) -> Store:
         """The model's own parameters, and clones of its buffers: graphs write those (counters, running statistics)."""
         store = Store.of(model)
+        store.borrows = True
         for name, tensor in list(store.entries()):
             if isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter):
                 store.put(name, _clone(tensor), persistent=store.is_persistent(name))
@@ -105,6 +112,14 @@ class Store(nn.Module):
         self.put(name, value, persistent=False)
         return name
 
+    def adopt(self, name: str, tensor: Tensor, *, persistent: bool) -> None:
+        """`put` a tensor of another store, frozen or cloned as `freeze` did with what was here before."""
+        if self.adopts == "cloned":
+            tensor = _clone(tensor)
+        if self.adopts != "as it is" and isinstance(tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor.detach(), requires_grad=False)
+        self.put(name, tensor, persistent=persistent)
+
     def alias_as(self, other: Store) -> None:
         """Take over the aliases of another store for what is stored here."""
         taken = {alias: name for alias, name in other.aliases.items() if self.get(name) is not None}
@@ -113,6 +128,7 @@ class Store(nn.Module):
 
     def freeze(self, *, clone: bool = False) -> None:
         """Parameter objects of our own, which take no gradient; with `clone`, all floating tensors on own memory."""
+        self.adopts = "cloned" if clone else "frozen"
         for module in self.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
@@ -163,5 +179,6 @@ def _entries(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor | QTe
 
 
 def _clone(tensor: Tensor) -> Tensor:
-    copy = tensor.detach().clone(memory_format=torch.preserve_format)
+    with torch.inference_mode(False):  # a tensor made in it could never be trained
+        copy = tensor.detach().clone(memory_format=torch.preserve_format)
     return nn.Parameter(copy, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy

@@ -33,7 +33,7 @@ def call(batch: int = 3, sequence: int = 5, width: int = 16, **other: Any) -> li
     return [ids, torch.zeros(other.get("batch2", batch), sequence, width, dtype=other.get("dtype", torch.float32))]
 
 
-@pytest.mark.parametrize("tensors", [call(), call(1, 2), call(9, 64), call(dtype=torch.bfloat16)])
+@pytest.mark.parametrize("tensors", [call(), call(1, 2), call(9, 64), [call()[0].int(), call()[1]]])
 def test_fitting_calls_pass(tensors: list[Tensor]) -> None:
     CONTRACT.check(tensors)
 
@@ -47,6 +47,8 @@ def test_fitting_calls_pass(tensors: list[Tensor]) -> None:
         (call(batch=0), "input_ids", "with 1 <= batch <= any", "int64 [0, 5]"),
         (call(batch2=2), "embeddings", "with batch = 3, as in input_ids", "float32 [2, 5, 16]"),
         (call(dtype=torch.int64), "embeddings", "float32", "int64 [3, 5, 16]"),
+        (call(dtype=torch.bfloat16), "embeddings", "float32", "bfloat16 [3, 5, 16]"),
+        ([call()[0].bool(), call()[1]], "input_ids", "int64", "bool [3, 5]"),
         ([IDS.float(), call()[1]], "input_ids", "int64 ['batch', 'sequence']", "float32 [2, 8]"),
         ([IDS[0], call()[1]], "input_ids", "int64 ['batch', 'sequence']", "int64 [8]"),
         ([IDS[None], call()[1]], "input_ids", "int64 ['batch', 'sequence']", "int64 [1, 2, 8]"),

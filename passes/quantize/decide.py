@@ -18,7 +18,7 @@ from ...runtime.errors import RecipeError, SchemeError
 from ...runtime.numerics import scale_shape
 from ...runtime.plan import Quantize
 from ...runtime.program import Entry, Program, value_of
-from ...runtime.qtensor import require_finite
+from ...runtime.qtensor import packed_nbytes, require_finite
 from ...runtime.scheme import Scheme
 from .sites import Site, find_sites, readers
 
@@ -94,6 +94,10 @@ def _edits(program: Program, fqn: str, calls: Sequence[tuple[Site, QuantizeRule 
         return []
     scheme = max((rule.weight for _, rule in chosen if rule.weight), key=lambda s: s.bits)
     _require_fits(program, chosen[0][0], scheme)
+    reason = _no_gain(program, chosen[0][0], scheme)
+    if reason is not None:
+        program.log.append(Entry(stage=STAGE, rule="decide.quantize", where=fqn, applied=False, reason=reason))
+        return []
     edits: dict[str, Quantize] = {}
     for site, rule in chosen:
         edit = Quantize(
@@ -116,6 +120,14 @@ def _unfit(program: Program, fqn: str, calls: Sequence[tuple[Site, QuantizeRule 
     known = {site.node for site, _ in calls}
     others = [node.name for node in readers(program, fqn) if node not in known]
     return f"the weight is read by {', '.join(others)} as well" if others else None
+
+
+def _no_gain(program: Program, site: Site, scheme: Scheme) -> str | None:
+    weight = program.store.get(site.fqn)
+    assert isinstance(weight, Tensor)
+    shape = tuple(weight.shape[::-1]) if site.transposed else tuple(weight.shape)
+    before, after = weight.numel() * weight.element_size(), packed_nbytes(shape, scheme)
+    return f"packed it would take {after} bytes, now {before}" if after >= before else None
 
 
 def _require_fits(program: Program, site: Site, scheme: Scheme) -> None:
