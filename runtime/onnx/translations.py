@@ -30,6 +30,8 @@ from . import traced
 from .nbits import nbits_weight, onnx_bits
 from .traced import SHIFT
 
+aten = torch.ops.aten
+
 
 def translate(program: Program, precision: str) -> fx.GraphModule:
     """A copy of the program's graph without our operators, on a module that holds only what it reads.
@@ -40,6 +42,7 @@ def translate(program: Program, precision: str) -> fx.GraphModule:
     translation = _Translation(program, precision)
     for node in list(translation.graph.nodes):
         translation.node(node)
+    translation.outputs()
     translation.graph.eliminate_dead_code()
     return fx.GraphModule(translation.tensors, translation.graph, "Program")
 
@@ -72,6 +75,22 @@ class _Translation:
             new.meta = dict(node.meta)
             node.replace_all_uses_with(new)
             self.graph.erase_node(node)
+
+    def outputs(self) -> None:
+        """Make every output a tensor of its own: ONNX gives it a name, and inputs and weights have one already."""
+        output = self.graph.output_node()
+        seen = set[fx.Node]()
+        own: list[Any] = []
+        with self.graph.inserting_before(output):
+            for value in output.args[0]:  # type: ignore[union-attr]  # a flat tuple
+                if isinstance(value, fx.Node) and not isinstance(value.meta["val"], Tensor):  # a size
+                    value = self.graph.call_function(aten.scalar_tensor.default, (value,), {"dtype": torch.int64})
+                elif isinstance(value, fx.Node) and (value in seen or value.op != "call_function"):
+                    value = self.graph.call_function(aten.clone.default, (value,))
+                elif isinstance(value, fx.Node):
+                    seen.add(value)
+                own.append(value)
+        output.args = (tuple(own),)
 
     def read(self, node: object) -> Tensor | None:
         """The stored tensor that an argument names, or what is computed from such; None for None."""
