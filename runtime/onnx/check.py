@@ -77,9 +77,13 @@ def run(made: Any, names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str,
 def _refused(what: str, error: Exception) -> ExportError:
     return ExportError(
         f"ONNX Runtime does not {what} the exported model",
-        found=str(error).partition("\n")[0][:300],
+        required="a graph that the installed onnxruntime takes",
+        found=text,
         cure="update onnxruntime, or report this with the model's config",
     )
+    text = " ".join(str(error).split())
+    if len(text) > 600:  # the reason comes last, after where in ORT and a signature in C++
+        text = f"{text[:200]} ... {text[-400:]}"
 
 
 def relative_error(expected: Tensor, actual: Tensor) -> float:
