@@ -9,13 +9,13 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import ArtifactError
+from .errors import ArtifactError, DwindleError
 
 
-def require_free(path: Path) -> None:
-    """Refuse to write over something; a link that leads nowhere is something too. Raises ArtifactError."""
+def require_free(path: Path, kind: type[DwindleError] = ArtifactError) -> None:
+    """Refuse to write over something, with an error of `kind`; a link that leads nowhere is something too."""
     if os.path.lexists(path):
-        raise ArtifactError(
+        raise kind(
             "cannot write over something that is there",
             required="a path that does not exist",
             found=str(path),

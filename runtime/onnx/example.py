@@ -15,7 +15,7 @@ SIZES = ((2, 7, 5, 11), (3, 13, 4, 17))
 
 
 def batches(program: Program) -> list[list[Tensor]]:
-    """Two flat batches of different shapes: random numbers, indices within their tables, masks of ones."""
+    """Two flat batches of different shapes: random numbers, indices within their tables, masks with padding."""
     contract = program.contract
     bounds = _bounds(program)
     generator = torch.Generator().manual_seed(0)
@@ -54,8 +54,17 @@ def _tensor(spec: Input, sizes: dict[str, int], bound: int | None, generator: to
     if dtype.is_floating_point:
         return torch.randn(shape, generator=generator).to(dtype)
     if bound is None:
-        return torch.ones(shape, dtype=dtype)
+        return _mask(shape).to(dtype)
     return torch.randint(0, bound, shape, generator=generator).to(dtype)
+
+
+def _mask(shape: list[int]) -> Tensor:
+    """Ones, but for the second half of every other row: what hides a place is run, and no row is without one."""
+    made = torch.ones(shape)
+    if len(shape) > 1:
+        first = 0 if shape[0] == 1 else 1
+        made[first::2, ..., (shape[-1] + 1) // 2 :] = 0
+    return made
 
 
 def _bounds(program: Program) -> dict[str, int]:

@@ -27,6 +27,7 @@ from torch.export import Dim
 
 from ..contract import Contract, bind_call
 from ..errors import ExportError, MissingDependencyError
+from ..files import require_free
 from ..model import GraphModel
 from ..program import Program
 from ..structure import Structure
@@ -107,8 +108,7 @@ def _require(provider: str, precision: str, path: Path, model: GraphModel) -> No
     if not path.parent.is_dir():
         raise ExportError("no folder to write to", required="an existing folder", found=path.parent)
     for taken in (path, _data(path)):
-        if taken.exists():
-            raise ExportError("the file exists", required="a path that is free", found=taken, cure="remove it first")
+        require_free(taken, ExportError)
 
 
 def _data(path: Path) -> Path:
@@ -137,9 +137,16 @@ def _variant(model: GraphModel, inputs: Mapping[str, Any] | None) -> tuple[Progr
 
 def output_names(contract: Contract) -> list[str]:
     """Names of the flat outputs, from the structure of the result: "logits", "hidden_states.0", "output"."""
-    taken = {i.name for i in contract.inputs}
-    names = [name or "output" for name in _leaves(contract.output, "")]
-    return [f"{name}_output" if name in taken else name for name in names]
+    plain = [name or "output" for name in _leaves(contract.output, "")]
+    taken, names = {i.name for i in contract.inputs}, []
+    for name in plain:
+        if name in taken:
+            name = f"{name}_output"
+            while name in taken or name in plain:
+                name += "_"
+        taken.add(name)
+        names.append(name)
+    return names
 
 
 def _leaves(structure: Structure, prefix: str) -> Iterator[str]:

@@ -4,9 +4,11 @@
                        per tensor: DynamicQuantizeLinear
     quantize_static    QuantizeLinear
     qlinear            MatMulIntegerToFloat, uint8 x int8 with weights (K, N); groups: MatMulNBits
+                       a static zero point is in the bias already, so 128 is taken off such codes
     qlinear_weight_only  MatMulNBits, accuracy_level 4
     qembedding         Gather of packed rows, unpacked in fp32
     qconv2d            DequantizeLinear, Conv: one QLinearConv where a QuantizeLinear follows, else fp32
+                       padding is the real zero, so the zero point is taken off and out of the bias
     dequantize         packed bytes unpacked in fp32; a session does it once, on loading
 
 Codes equal the torch operator's bit for bit, with two exceptions. A row whose largest magnitude is below
@@ -30,6 +32,8 @@ from . import traced
 from .nbits import nbits_weight, onnx_bits
 from .traced import SHIFT
 
+aten = torch.ops.aten
+
 
 def translate(program: Program, precision: str) -> fx.GraphModule:
     """A copy of the program's graph without our operators, on a module that holds only what it reads.
@@ -40,6 +44,7 @@ def translate(program: Program, precision: str) -> fx.GraphModule:
     translation = _Translation(program, precision)
     for node in list(translation.graph.nodes):
         translation.node(node)
+    translation.outputs()
     translation.graph.eliminate_dead_code()
     return fx.GraphModule(translation.tensors, translation.graph, "Program")
 
@@ -72,6 +77,22 @@ class _Translation:
             new.meta = dict(node.meta)
             node.replace_all_uses_with(new)
             self.graph.erase_node(node)
+
+    def outputs(self) -> None:
+        """Make every output a tensor of its own: ONNX gives it a name, and inputs and weights have one already."""
+        output = self.graph.output_node()
+        seen = set[fx.Node]()
+        own: list[Any] = []
+        with self.graph.inserting_before(output):
+            for value in output.args[0]:  # type: ignore[union-attr]  # a flat tuple
+                if isinstance(value, fx.Node) and not isinstance(value.meta["val"], Tensor):  # a size
+                    value = self.graph.call_function(aten.scalar_tensor.default, (value,), {"dtype": torch.int64})
+                elif isinstance(value, fx.Node) and (value in seen or value.op != "call_function"):
+                    value = self.graph.call_function(aten.clone.default, (value,))
+                elif isinstance(value, fx.Node):
+                    seen.add(value)
+                own.append(value)
+        output.args = (tuple(own),)
 
     def read(self, node: object) -> Tensor | None:
         """The stored tensor that an argument names, or what is computed from such; None for None."""
@@ -187,9 +208,7 @@ def _is_scalar(scale: fx.Node, codes: fx.Node) -> bool:
 
 
 def _zero_of(t: _Translation, codes: fx.Node) -> fx.Node | None:
-    """The zero point that goes with codes, from the node that made them."""
-    if codes.target is traced.static:
-        return codes.args[2]  # type: ignore[return-value]  # as _quantize_static built it
+    """What is taken off codes in a product. Static zero points are not: the bias has them, see `passes.lower`."""
     source = codes.args[0] if codes.target is operator.getitem else None
     if isinstance(source, fx.Node) and source.target is traced.per_tensor:
         return t.call(operator.getitem, source, 2)
@@ -278,12 +297,24 @@ def _qconv2d(
     stored = t.read(weight)
     assert stored is not None
     oihw = t.constant(f"{_name(weight)}_oihw", stored.permute(0, 3, 1, 2).contiguous())
-    return t.call(
-        traced.convolution, codes, scale, _zero_of(t, codes), oihw, weight_scale, bias, *rest, _requantised(node)
-    )
+    off = _zero_of(t, codes)
+    if zero is not None:
+        off, bias = _unsigned_zero(t, zero), _plain_bias(t, scale, zero, stored, weight_scale, bias)
+    return t.call(traced.convolution, codes, scale, off, oihw, weight_scale, bias, *rest, _requantised(node))
 
 
-_ACTIVATIONS = {torch.ops.aten.relu.default, torch.ops.aten.relu_.default, torch.ops.aten.hardtanh.default}
+def _plain_bias(
+    t: _Translation, scale: fx.Node, zero: fx.Node, stored: Tensor, weight_scale: fx.Node, bias: fx.Node | None
+) -> fx.Node | None:
+    """The bias without the zero point's share, -z s_x s_w sum(W), which `passes.lower` folded into it."""
+    corrected, z, s, w = t.read(bias), t.read(zero), t.read(scale), t.read(weight_scale)
+    if bias is None or corrected is None or z is None or s is None or w is None:
+        return bias
+    share = z.double() * s.double() * w.double() * stored.double().sum((1, 2, 3))
+    return t.constant(f"{_name(bias)}_plain", (corrected.double() + share).float())
+
+
+_ACTIVATIONS = {aten.relu.default, aten.relu_.default, aten.hardtanh.default}
 
 
 def _requantised(node: fx.Node) -> bool:
