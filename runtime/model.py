@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -107,7 +107,10 @@ class GraphModel(nn.Module):
         structure, tensors = bind_call(self.signature, args, kwargs)
         program = self.program(self.training, structure, lambda: self.signature.bind(args, kwargs))
         program.contract.check(tensors)
-        return rebuild(program.contract.output, program.module(*tensors))
+        return rebuild(program.contract.output, self._run(program, tensors))
+
+    def _run(self, program: Program, tensors: Sequence[Tensor]) -> Any:
+        return program.module(*tensors)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
     def _capture(self, training: bool, structure: Structure, arguments: Mapping[str, Any]) -> Program:
