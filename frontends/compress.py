@@ -15,7 +15,7 @@ from ..passes.verify import Difference, difference
 from ..runtime.compressed import Compressed
 from ..runtime.contract import Signature
 from ..runtime.errors import CalibrationError, CaptureError, RecipeError
-from ..runtime.model import GraphModel
+from ..runtime.model import DTYPE, GraphModel
 from ..runtime.plan import Plan
 from ..runtime.program import Program
 from ..runtime.store import Store
@@ -156,7 +156,13 @@ def verification_inputs(program: Program, signature: Signature, arguments: Mappi
 
 def forwarded(model: nn.Module) -> dict[str, Any]:
     """The attributes of `model` that a graph model answers for it."""
-    return {name: getattr(model, name) for name in FORWARDED if hasattr(model, name)}
+    return own_dtype(model) | {name: getattr(model, name) for name in FORWARDED if hasattr(model, name)}
+
+
+def own_dtype(model: nn.Module) -> dict[str, str]:
+    """The dtype of `model`, which cannot be seen from its tensors once all are packed."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    return {} if dtype is None else {DTYPE: str(dtype).removeprefix("torch.")}
 
 
 def calibration_batches(

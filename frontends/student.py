@@ -27,6 +27,7 @@ from .compress import (
     finish,
     forwarded,
     lowered,
+    own_dtype,
     prepared,
     require_effect,
     require_original,
@@ -73,7 +74,7 @@ class Student(GraphModel):
             log=tuple(program.log),
             measure=lambda finished: measure(self, finished, self.example),
             grow=grow,
-            attributes=self._attributes,
+            attributes={**self._attributes, **own_dtype(self)},
         )
         compressed.add(program)
         return compressed

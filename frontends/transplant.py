@@ -111,19 +111,22 @@ def _replace(model: nn.Module, fqn: str, edit: Quantize, small: Compressed) -> N
         new = QuantizedEmbedding(weight, dtype)
     else:
         decided = small.plan.quantize(edit.fqn, "linear") or edit
-        new = _linear(weight, cast("Tensor | None", old.bias), small.store.canonical(f"{path}.bias"), decided, small)
+        new = _linear(weight, cast("Tensor | None", old.bias), dtype, f"{path}.bias", decided, small)
     setattr(model.get_submodule(owner), leaf, new)
 
 
-def _linear(weight: QTensor, bias: Tensor | None, bias_name: str, edit: Quantize, small: Compressed) -> QuantizedLinear:
-    dtype = small.dtype
+def _linear(
+    weight: QTensor, bias: Tensor | None, dtype: torch.dtype, bias_name: str, edit: Quantize, small: Compressed
+) -> QuantizedLinear:
     granularity = edit.activation.granularity if edit.activation is not None else None
     if not edit.static:
         return QuantizedLinear(weight, bias, activation=granularity, dtype=dtype)
     stored = [small.store.get(n) for n in (input_scale_name(edit.fqn), input_zero_name(edit.fqn))]
     scale, zero = (t if isinstance(t, Tensor) else None for t in stored)
     zero = zero - ASYMMETRIC_SHIFT if zero is not None else None
-    corrected = small.store.get(corrected_bias_name(edit.fqn, None if bias is None else bias_name))
+    corrected = small.store.get(
+        corrected_bias_name(edit.fqn, None if bias is None else small.store.canonical(bias_name))
+    )
     bias = corrected if isinstance(corrected, Tensor) else bias
     return QuantizedLinear(weight, bias, activation=granularity, dtype=dtype, input_scale=scale, input_zero_point=zero)
 

@@ -11,12 +11,16 @@ from torch import Tensor, nn
 
 from .contract import Contract, Key, Signature, bind_call, call_key
 from .errors import CaptureError, DwindleError
+from .graph_json import dtype_named
 from .plan import Plan
 from .program import Program
 from .store import Store, view
 from .structure import Structure, rebuild
 
 MAX_VARIANTS = 8
+
+# The attribute that holds the model's own dtype, as text.
+DTYPE = "dtype"
 
 # Growing captures and verifies, which borrows the model and wants the processor's threads alone: one at a time.
 _GROWING = threading.RLock()
@@ -100,8 +104,9 @@ class GraphModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the floating-point parameters."""
-        return next((t.dtype for t in self.parameters() if t.is_floating_point()), torch.float32)
+        """Dtype of the floating-point parameters; where all are packed, that of the model they were."""
+        held = (t.dtype for t in self.parameters() if t.is_floating_point())
+        return next(held, None) or dtype_named(self._attributes.get(DTYPE, "float32"))
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         structure, tensors = bind_call(self.signature, args, kwargs)
