@@ -150,8 +150,11 @@ def finish(driver: Driver, tensors: Sequence[Tensor], job: Job) -> tuple[Program
 def verification_inputs(program: Program, signature: Signature, arguments: Mapping[str, Any]) -> list[Tensor]:
     """The example as flat inputs, cut to a batch of two: enough to verify, cheap to run after every pass."""
     (tensors,) = flat_batches(program, signature, [arguments])
-    sized = [(t, s.shape) for t, s in zip(tensors, program.contract.inputs, strict=True)]
-    return [t[:2] if shape and shape[0] == "batch" else t for t, shape in sized]
+    for i, spec in enumerate(program.contract.inputs):
+        for dim, name in enumerate(spec.shape):
+            if name == "batch":
+                tensors[i] = tensors[i].narrow(dim, 0, min(2, tensors[i].shape[dim]))
+    return tensors
 
 
 def forwarded(model: nn.Module) -> dict[str, Any]:

@@ -117,3 +117,23 @@ def test_inputs_that_the_model_refuses_are_not_called_uncapturable() -> None:
         dwindle.compress(nn.Linear(4, 4), inputs=_x(4, 16))
     with pytest.raises(dwindle.DwindleError, match="dimensions from 0 to 1"):
         dwindle.compress(nn.Linear(16, 4), inputs=_x(4, 16), dynamic_shapes={"input": {5: "batch"}})
+
+
+class _Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.GRUCell(16, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        return self.head(self.cell(x, h[0]))
+
+
+@pytest.mark.parametrize("make", [dwindle.compress, dwindle.prepare])
+def test_a_batch_that_is_not_the_first_dimension(make, monkeypatch) -> None:
+    monkeypatch.setattr("dwindle.frontends.measure.SECONDS_EACH", 0.01)
+    model = _Recurrent().eval()
+    small = make(model, inputs=(_x(4, 16), _x(1, 4, 16)), dynamic_shapes={"x": {0: "batch"}, "h": {1: "batch"}})
+    small = small if isinstance(small, dwindle.Compressed) else small.finish()
+    with torch.no_grad():
+        assert small(_x(7, 16), _x(1, 7, 16)).shape == (7, 8)
+    assert [row["batch"] for row in small.report().measured["latency"]] == [1, 8]
