@@ -169,7 +169,10 @@ class Recipe(_Strict):
 def _read(path: Path) -> Any:
     if not path.is_file():
         raise RecipeError(f"no recipe file {path}", required="an existing file", found="none")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not text", required="JSON or YAML in UTF-8", found=error) from error
     try:
         if path.suffix == ".json":
             return json.loads(text)
