@@ -83,8 +83,8 @@ class ActivationSettings(_Strict):
 class QuantizeEntry(_Strict):
     """One rule. Later rules override earlier ones; a weight of null leaves the modules in floating point."""
 
-    modules: tuple[str, ...] = ("*",)
-    operators: tuple[Literal["linear", "embedding", "conv2d"], ...] = ("linear",)
+    modules: tuple[str, ...] = Field(default=("*",), min_length=1)
+    operators: tuple[Literal["linear", "embedding", "conv2d"], ...] = Field(default=("linear",), min_length=1)
     weight: WeightSettings | None = WeightSettings()
     activation: ActivationSettings | None = None
 
