@@ -32,7 +32,8 @@ class GraphModel(nn.Module):
     """Calls select a variant by mode and by which arguments are present; a new one is captured on first use.
 
     Parameters and buffers are those of the store, under the model's own names. `grow(training, arguments)`
-    captures the model once more and replays the Plan on it; None where the model is not at hand.
+    captures the model once more and replays the Plan on it; None where the model is not at hand. Its state_dict has
+    a tied tensor under every name, as the model's has, and each of them alone will do when one is loaded.
     """
 
     def __init__(
@@ -52,6 +53,8 @@ class GraphModel(nn.Module):
         self.variants: dict[Key, Program] = {}
         self._grow = grow
         self._attributes = dict(attributes or {})
+        self.register_state_dict_post_hook(_name_aliases)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self.register_load_state_dict_pre_hook(_resolve_aliases)  # type: ignore[no-untyped-call]  # as above
 
     @classmethod
     def named(cls, model: nn.Module, suffix: str) -> type[Self]:
@@ -157,6 +160,28 @@ class GraphModel(nn.Module):
             f"{type(self).__name__} shares tensors between graphs and cannot be deep-copied",
             cure="save() and load() it, or compress the model again",
         )
+
+
+def _name_aliases(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for alias, name in _aliases(model, prefix):
+        for key in _of_entry(state, name):
+            state[alias + key.removeprefix(name)] = state[key]
+
+
+def _resolve_aliases(model: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    for alias, name in _aliases(model, prefix):
+        for key in _of_entry(state, alias):
+            state.setdefault(name + key.removeprefix(alias), state.pop(key))
+
+
+def _aliases(model: nn.Module, prefix: str) -> list[tuple[str, str]]:
+    store: Store = model.__dict__["store"]
+    return [(prefix + alias, prefix + name) for alias, name in store.aliases.items()]
+
+
+def _of_entry(state: Mapping[str, Any], name: str) -> list[str]:
+    """The keys of a tensor, or of the parts of a QTensor."""
+    return [key for key in state if key == name or key.startswith(f"{name}.")]
 
 
 def flat_outputs(values: Any) -> list[Tensor]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
+from models import ZOO
 from torch import Tensor, nn
 
 import dwindle
@@ -137,3 +139,36 @@ def test_a_batch_that_is_not_the_first_dimension(make, monkeypatch) -> None:
     with torch.no_grad():
         assert small(_x(7, 16), _x(1, 7, 16)).shape == (7, 8)
     assert [row["batch"] for row in small.report().measured["latency"]] == [1, 8]
+
+
+def test_a_tied_weight_is_in_a_state_under_all_its_names() -> None:
+    model, inputs = ZOO["tied_lm"]()
+    student = dwindle.prepare(model, inputs=inputs)
+    assert student.state_dict().keys() == model.state_dict().keys()
+    changed = {name: value * 2 for name, value in model.state_dict().items()}
+    for left_out in (None, "embedding.weight", "head.weight"):  # safetensors keeps one name of a tied weight
+        student = dwindle.prepare(model, inputs=inputs)
+        student.load_state_dict({name: value for name, value in changed.items() if name != left_out})
+        assert all(torch.equal(value, changed[name]) for name, value in student.state_dict().items())
+    with pytest.raises(RuntimeError, match=r'Missing key.*"embedding\.weight"'):
+        student.load_state_dict({n: v for n, v in changed.items() if n not in ("embedding.weight", "head.weight")})
+    other, _ = ZOO["tied_lm"]()
+    other.load_state_dict(student.state_dict())
+    assert torch.equal(other.head.weight, changed["head.weight"])
+    outer = nn.ModuleDict({"student": student, "other": nn.Linear(2, 2)})
+    outer.load_state_dict({name: value * 2 for name, value in outer.state_dict().items()})
+    assert torch.equal(dict(student.named_parameters())["embedding.weight"], changed["head.weight"] * 2)
+
+
+def test_a_tied_packed_weight_is_in_a_state_under_all_its_names(tmp_path: Path) -> None:
+    model, inputs = ZOO["tied_lm"]()
+    small = dwindle.compress(model, inputs=inputs)
+    state = small.state_dict()
+    assert state["head.weight.codes"].data_ptr() == state["embedding.weight.codes"].data_ptr()
+    loaded = dwindle.load(small.save(tmp_path / "small"))
+    assert loaded.state_dict().keys() == state.keys()
+    expected = small(**inputs)
+    loaded.load_state_dict({name: value * 0 for name, value in state.items() if not name.startswith("embedding")})
+    assert not loaded(**inputs).any()
+    loaded.load_state_dict(state)
+    assert torch.equal(loaded(**inputs), expected)
