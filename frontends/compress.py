@@ -18,6 +18,7 @@ from ..runtime.errors import CalibrationError, CaptureError, RecipeError
 from ..runtime.model import DTYPE, GraphModel
 from ..runtime.plan import Plan
 from ..runtime.program import Program
+from ..runtime.randomness import own_random_state
 from ..runtime.store import Store
 from .capture import DynamicShapes, capture
 from .inputs import as_arguments, flat_batches
@@ -30,6 +31,7 @@ RecipeSource = Recipe | Mapping[str, Any] | str | Path
 FORWARDED = ("config", "main_input_name", "base_model_prefix", "name_or_path")
 
 
+@own_random_state()
 def compress(
     model: nn.Module,
     recipe: RecipeSource = "zeroquant-w8a8",

@@ -19,6 +19,7 @@ from ..runtime.contract import Signature
 from ..runtime.model import GraphModel
 from ..runtime.plan import Plan
 from ..runtime.program import Program
+from ..runtime.randomness import own_random_state
 from ..runtime.store import Store
 from .capture import DynamicShapes, capture
 from .compress import (
@@ -44,6 +45,7 @@ class Student(GraphModel):
     recipe: Recipe
     example: Mapping[str, Any]
 
+    @own_random_state()
     def finish(self) -> Compressed:
         """Pack the weights as they are now. The student is unchanged and shares no memory with the result.
 
@@ -80,6 +82,7 @@ class Student(GraphModel):
         return compressed
 
 
+@own_random_state()
 def prepare(
     model: nn.Module,
     recipe: RecipeSource = "zeroquant-w8a8",

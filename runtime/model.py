@@ -14,6 +14,7 @@ from .errors import CaptureError, DwindleError
 from .graph_json import dtype_named
 from .plan import Plan
 from .program import Program
+from .randomness import own_random_state
 from .store import Store, view
 from .structure import Structure, rebuild
 
@@ -130,7 +131,7 @@ class GraphModel(nn.Module):
                 found=f"{'train' if training else 'eval'}({given})",
                 cure="call it as captured, or compress the original model with such inputs",
             )
-        with _GROWING:
+        with _GROWING, own_random_state():
             known = self.variants.get(call_key(training, structure))  # of a thread that was here before
             if known is None:
                 known = self._grow(training, arguments)

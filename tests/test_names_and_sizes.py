@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import pickle
 from pathlib import Path
 
@@ -172,3 +173,59 @@ def test_a_tied_packed_weight_is_in_a_state_under_all_its_names(tmp_path: Path) 
     assert not loaded(**inputs).any()
     loaded.load_state_dict(state)
     assert torch.equal(loaded(**inputs), expected)
+
+
+def test_the_line_is_found_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "frontends" / "torchlike"
+    folder.mkdir(parents=True)
+    lines = ["from torch import nn", "class Branches(nn.Linear):", "    def forward(self, input):"]
+    lines += ["        if input.sum().item() > 0:", "            return input", "        return -input"]
+    (folder / "branching_model.py").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(folder)
+    model = importlib.import_module("branching_model").Branches(16, 16)
+    with pytest.raises(dwindle.DwindleError, match=r"found: .*branching_model\.py:4: if input"):
+        dwindle.compress(model, inputs=_x(4, 16))
+
+
+class _ByPosition(nn.Linear):
+    def forward(self, x: Tensor, /) -> Tensor:
+        return super().forward(x)
+
+
+def test_arguments_by_position_alone_are_refused_by_name() -> None:
+    with pytest.raises(dwindle.DwindleError, match=r"(?s)by position alone.*_ByPosition\.forward\(x.*drop the /"):
+        dwindle.compress(_ByPosition(16, 16).eval(), inputs=_x(4, 16))
+
+
+class _Noisy(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.randn(x.shape[0], 16)
+
+
+def test_the_callers_random_numbers_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dwindle.frontends.measure.SECONDS_EACH", 0.01)
+    model, x = _Noisy(16, 16).eval(), _x(4, 16)
+    before = torch.get_rng_state()
+    for recipe in ("zeroquant-w8a8", STATIC):
+        small = dwindle.compress(model, recipe, inputs=x, data=[x])
+        assert small.contracts[0].limits["batch"][0] <= 1  # noise alone does not make a batch of one differ
+        dwindle.prepare(model, recipe, inputs=x, data=[x]).finish().report()
+        small.report()
+        dwindle.transplant(small, model, inputs=x)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class _Drops(nn.Linear):
+    def forward(self, x: Tensor, twice: bool = False) -> Tensor:
+        y = nn.functional.dropout(super().forward(x), 0.5, self.training)
+        return y * 2 if twice else y
+
+
+def test_a_variant_that_is_captured_on_first_use_draws_as_the_model() -> None:
+    model, x = _Drops(16, 16).train(), _x(4, 16)
+    student = dwindle.prepare(model, {}, inputs=x)
+    for call in ({}, {"twice": True}):
+        torch.manual_seed(0)
+        expected = model(x, **call)
+        torch.manual_seed(0)
+        assert torch.equal(student(x, **call), expected)
