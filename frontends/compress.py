@@ -177,12 +177,17 @@ def calibration_batches(
 
     def batches() -> Iterable[Sequence[Tensor]]:
         if data is None:
-            raise CalibrationError(
-                f"the recipe {recipe.name or 'given'} has static activations",
-                required="data=[batch, ...]",
-                found="no calibration data",
-                cure="pass some batches, or use a recipe with dynamic activations such as zeroquant-w8a8",
-            )
+            raise data_is_missing(recipe, "data=[batch, ...]")
         return flat_batches(program, signature, data)
 
     return batches
+
+
+def data_is_missing(recipe: Recipe, given: str) -> CalibrationError:
+    """For a recipe with static activations and no data; `given`: how to give some."""
+    return CalibrationError(
+        f"the recipe {recipe.name or 'given'} has static activations",
+        required="calibration data",
+        found="none",
+        cure=f"give {given}, or a recipe with dynamic activations such as zeroquant-w8a8",
+    )
