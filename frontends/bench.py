@@ -9,7 +9,7 @@ Inputs are the example's, repeated or cut to the batch and sequence asked for; w
 
 from __future__ import annotations
 
-import statistics
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,14 +19,13 @@ import torch
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
-from torch import Tensor
 
 from ..runtime.errors import DwindleError
 from .capture import guess_dynamic
-from .measure import machine
 from .progress import Advance
+from .timing import in_turns, machine, quantile, resized
 
-LEAST_RUNS, MOST_RUNS = 5, 500
+MOST_RUNS = 500
 SECONDS = 1.5  # for each contender at each shape
 
 Contenders = Mapping[str, Callable[..., Any]]
@@ -128,13 +127,8 @@ def shaped(arguments: Mapping[str, Any], batch: int, sequence: int | None) -> di
         for dim, name in dims.items():
             size = batch if name == "batch" else sequence
             if size is not None:
-                result[argument] = _resized(result[argument], dim, size)
+                result[argument] = resized(result[argument], dim, size)
     return result
-
-
-def quantile(times: Sequence[float], q: float) -> float:
-    """The q-quantile of two or more times, by linear interpolation."""
-    return statistics.quantiles(times, n=100, method="inclusive")[round(q * 100) - 1]
 
 
 def _at(
@@ -161,7 +155,8 @@ def _at(
                     raise DwindleError(f"{name} cannot be run at {shape}", found=text) from error
                 failures[name] = text
             first[name] = time.perf_counter() - start
-        times = _in_turns({n: c for n, c in contenders.items() if n not in failures}, call, seconds)
+    sound = {n: functools.partial(c, **call) for n, c in contenders.items() if n not in failures}
+    times = in_turns(sound, seconds, MOST_RUNS)
     shape_of: dict[str, Any] = {"batch": batch, "sequence": sequence}
     return [
         Timing(contender=name, **shape_of, first=first[name], failure=failures[name])
@@ -176,25 +171,6 @@ def _at(
         )
         for name in contenders
     ]
-
-
-def _in_turns(contenders: Contenders, call: Mapping[str, Any], seconds: float) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    until = time.perf_counter() + seconds * len(contenders)
-    for turn in range(MOST_RUNS):
-        if turn >= LEAST_RUNS and time.perf_counter() >= until:
-            break
-        for name, contender in contenders.items():
-            start = time.perf_counter()
-            contender(**call)
-            times[name].append(time.perf_counter() - start)
-    return times
-
-
-def _resized(tensor: Tensor, dim: int, size: int) -> Tensor:
-    copies = [1] * tensor.dim()
-    copies[dim] = -(-size // tensor.shape[dim])
-    return tensor.repeat(*copies).narrow(dim, 0, size).contiguous()
 
 
 def _tokens(named: Mapping[str, Mapping[int, str]], call: Mapping[str, Any]) -> int | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import threading
 import traceback
 from collections.abc import Iterator, Mapping
@@ -229,12 +230,11 @@ def _first_line(error: BaseException) -> str:
 
 
 def _user_line(error: BaseException) -> str:
-    """The innermost frame outside torch: the line of the model that export stopped at."""
-    inside = str(Path(torch.__file__).parent)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(inside)]
-    own = str(Path(__file__).parent)
-    for frame in reversed(frames):
-        if not str(Path(frame.filename)).startswith(own) and "/frontends/" not in frame.filename:
+    """The innermost frame outside torch and dwindle: the line of the model that export stopped at."""
+    others = [f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1])]
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        # "<string>" and the like is code that torch made up, or a prompt, which has no lines to show.
+        if not frame.filename.startswith(("<", *others)):
             return f"{frame.filename}:{frame.lineno}: {frame.line}"
     return "a line inside torch.export (see the chained error)"
 

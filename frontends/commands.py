@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-from ..runtime.errors import ArtifactError, CalibrationError, DwindleError
+from ..runtime.errors import ArtifactError, DwindleError
 from ..runtime.files import appearing, require_free
 
 if TYPE_CHECKING:
@@ -265,13 +265,10 @@ def demo(
 
 def _require_data(recipe: Recipe, data: str | None) -> None:
     """Ask for calibration data before the work. Raises CalibrationError."""
+    from .compress import data_is_missing
+
     if data is None and any(rule.static for rule in recipe.rules()):
-        raise CalibrationError(
-            f"the recipe {recipe.name or 'given'} has static activations",
-            required="calibration data",
-            found="none",
-            cure="give --data, or a recipe with dynamic activations such as zeroquant-w8a8",
-        )
+        raise data_is_missing(recipe, "--data")
 
 
 def _facts(variants: list[str], files: Mapping[str, int]) -> Table:

@@ -16,9 +16,10 @@ from ..runtime.certificate import require_lowered
 from ..runtime.compressed import Compressed
 from ..runtime.contract import Signature
 from ..runtime.errors import CalibrationError, CaptureError, RecipeError
-from ..runtime.model import GraphModel
+from ..runtime.model import DTYPE, GraphModel
 from ..runtime.plan import Plan
 from ..runtime.program import Program
+from ..runtime.randomness import own_random_state
 from ..runtime.store import Store
 from .capture import DynamicShapes, capture
 from .inputs import as_arguments, flat_batches
@@ -31,6 +32,7 @@ RecipeSource = Recipe | Mapping[str, Any] | str | Path
 FORWARDED = ("config", "main_input_name", "base_model_prefix", "name_or_path")
 
 
+@own_random_state()
 def compress(
     model: nn.Module,
     recipe: RecipeSource = "zeroquant-w8a8",
@@ -160,13 +162,22 @@ def finish(driver: Driver, tensors: Sequence[Tensor], job: Job) -> tuple[Program
 def verification_inputs(program: Program, signature: Signature, arguments: Mapping[str, Any]) -> list[Tensor]:
     """The example as flat inputs, cut to a batch of two: enough to verify, cheap to run after every pass."""
     (tensors,) = flat_batches(program, signature, [arguments])
-    sized = [(t, s.shape) for t, s in zip(tensors, program.contract.inputs, strict=True)]
-    return [t[:2] if shape and shape[0] == "batch" else t for t, shape in sized]
+    for i, spec in enumerate(program.contract.inputs):
+        for dim, name in enumerate(spec.shape):
+            if name == "batch":
+                tensors[i] = tensors[i].narrow(dim, 0, min(2, tensors[i].shape[dim]))
+    return tensors
 
 
 def forwarded(model: nn.Module) -> dict[str, Any]:
     """The attributes of `model` that a graph model answers for it."""
-    return {name: getattr(model, name) for name in FORWARDED if hasattr(model, name)}
+    return own_dtype(model) | {name: getattr(model, name) for name in FORWARDED if hasattr(model, name)}
+
+
+def own_dtype(model: nn.Module) -> dict[str, str]:
+    """The dtype of `model`, which cannot be seen from its tensors once all are packed."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    return {} if dtype is None else {DTYPE: str(dtype).removeprefix("torch.")}
 
 
 def calibration_batches(
@@ -176,12 +187,17 @@ def calibration_batches(
 
     def batches() -> Iterable[Sequence[Tensor]]:
         if data is None:
-            raise CalibrationError(
-                f"the recipe {recipe.name or 'given'} has static activations",
-                required="data=[batch, ...]",
-                found="no calibration data",
-                cure="pass some batches, or use a recipe with dynamic activations such as zeroquant-w8a8",
-            )
+            raise data_is_missing(recipe, "data=[batch, ...]")
         return flat_batches(program, signature, data)
 
     return batches
+
+
+def data_is_missing(recipe: Recipe, given: str) -> CalibrationError:
+    """For a recipe with static activations and no data; `given`: how to give some."""
+    return CalibrationError(
+        f"the recipe {recipe.name or 'given'} has static activations",
+        required="calibration data",
+        found="none",
+        cure=f"give {given}, or a recipe with dynamic activations such as zeroquant-w8a8",
+    )

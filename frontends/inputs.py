@@ -70,7 +70,14 @@ def _require_unwrapped(model: nn.Module) -> None:
 def _require_named(model: nn.Module, positional: int) -> None:
     """Refuse a call of which some arguments have no name. Keyword arguments may go to **kwargs."""
     kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
-    named = sum(kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)
+    named = kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    if inspect.Parameter.POSITIONAL_ONLY in kinds:
+        raise CaptureError(
+            "forward takes arguments by position alone",
+            required="a forward whose arguments can be given by name",
+            found=f"{type(model).__name__}.forward{inspect.signature(model.forward)}",
+            cure="drop the / from its signature, or wrap the model in a module without one",
+        )
     nameless = kinds == [inspect.Parameter.VAR_POSITIONAL]
     if nameless or (inspect.Parameter.VAR_POSITIONAL in kinds and positional > named):
         raise CaptureError(

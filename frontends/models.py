@@ -207,7 +207,12 @@ def _text_batches(path: Path, source: Source) -> list[dict[str, Any]]:
             required="a transformers directory with a tokenizer, or package.module:factory of batches",
             found="no tokenizer",
         )
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise SourceError(
+            f"{path} is not text", required="text in UTF-8, one text a line", found=error, cure="convert it to UTF-8"
+        ) from error
     texts = [line for line in lines if line]
     if not texts:
         raise SourceError(f"{path} has no text", required="at least one line that is not blank", found="none")

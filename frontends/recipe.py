@@ -83,8 +83,8 @@ class ActivationSettings(_Strict):
 class QuantizeEntry(_Strict):
     """One rule. Later rules override earlier ones; a weight of null leaves the modules in floating point."""
 
-    modules: tuple[str, ...] = ("*",)
-    operators: tuple[Literal["linear", "embedding", "conv2d"], ...] = ("linear",)
+    modules: tuple[str, ...] = Field(default=("*",), min_length=1)
+    operators: tuple[Literal["linear", "embedding", "conv2d"], ...] = Field(default=("linear",), min_length=1)
     weight: WeightSettings | None = WeightSettings()
     activation: ActivationSettings | None = None
 
@@ -169,7 +169,10 @@ class Recipe(_Strict):
 def _read(path: Path) -> Any:
     if not path.is_file():
         raise RecipeError(f"no recipe file {path}", required="an existing file", found="none")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not text", required="JSON or YAML in UTF-8", found=error) from error
     try:
         if path.suffix == ".json":
             return json.loads(text)

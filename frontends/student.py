@@ -19,6 +19,7 @@ from ..runtime.contract import Signature
 from ..runtime.model import GraphModel
 from ..runtime.plan import Plan
 from ..runtime.program import Program
+from ..runtime.randomness import own_random_state
 from ..runtime.store import Store
 from .capture import DynamicShapes, capture
 from .compress import (
@@ -26,6 +27,7 @@ from .compress import (
     calibration_batches,
     finish,
     forwarded,
+    own_dtype,
     prepared,
     replayed,
     require_effect,
@@ -43,6 +45,7 @@ class Student(GraphModel):
     recipe: Recipe
     example: Mapping[str, Any]
 
+    @own_random_state()
     def finish(self) -> Compressed:
         """Pack the weights as they are now. The student is unchanged and shares no memory with the result.
 
@@ -75,12 +78,13 @@ class Student(GraphModel):
             log=tuple(program.log),
             measure=lambda finished: measure(self, finished, self.example),
             grow=grow,
-            attributes=self._attributes,
+            attributes={**self._attributes, **own_dtype(self)},
         )
         compressed.add(program)
         return compressed
 
 
+@own_random_state()
 def prepare(
     model: nn.Module,
     recipe: RecipeSource = "zeroquant-w8a8",

@@ -8,14 +8,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..passes.fold import BATCH_NORM_INTO_CONV
 from ..passes.lower import ASYMMETRIC_SHIFT, corrected_bias_name
 from ..passes.verify import difference
+from ..runtime.compressed import Compressed
 from ..runtime.contract import Signature
 from ..runtime.errors import DwindleError
 from ..runtime.model import GraphModel, flat_outputs
 from ..runtime.modules import QuantizedEmbedding, QuantizedLinear
 from ..runtime.plan import Quantize, input_scale_name, input_zero_name
 from ..runtime.qtensor import QTensor
+from ..runtime.randomness import own_random_state
 from ..runtime.structure import flatten
 from .inputs import as_arguments
 
@@ -29,13 +32,22 @@ class TransplantError(DwindleError):
     """A Plan that the eager module cannot express."""
 
 
-def transplant(small: GraphModel, model: nn.Module, *, inputs: Any = None) -> nn.Module:
+@own_random_state()
+def transplant(small: Compressed, model: nn.Module, *, inputs: Any = None) -> nn.Module:
     """A copy of the eager `model` that runs the quantised layers of `small`.
 
-    The copy shares its tensors with `small` and `model` (nothing is duplicated, nothing is trainable) and has the
-    model's class, config and methods. It is run beside `small` on `inputs` (made up for transformers models).
-    Raises TransplantError for edits that have no eager form, naming them, and if the two differ.
+    Every tensor is that of `small`, trained ones too, and the model's own where `small` has no use for it. Parameters
+    are shared, not duplicated, and none is trainable; buffers are the copy's own, since a forward may write them.
+    It has the model's class, config and methods, and is run beside `small` on `inputs` (made up for transformers
+    models). Raises TransplantError for edits that have no eager form, naming them, and if the two differ.
     """
+    if not isinstance(small, Compressed):
+        raise TransplantError(
+            "there is nothing to transplant",
+            required="what compress() or student.finish() gives",
+            found=type(small).__name__,
+            cure="student.finish()" if isinstance(small, GraphModel) else None,
+        )
     edits = [edit for edit in small.plan if isinstance(edit, Quantize)]
     unfit = sorted({e.fqn for e in edits if not _expressible(model, small.store.names_of(e.fqn), e.operator)})
     if unfit:
@@ -45,7 +57,7 @@ def transplant(small: GraphModel, model: nn.Module, *, inputs: Any = None) -> nn
             found=", ".join(unfit[:5]) + (f" and {len(unfit) - 5} more" if len(unfit) > 5 else ""),
             cure="call the compressed model itself, or leave these modules out in the recipe",
         )
-    copied = _copy(model)
+    copied = _copy(model, small)
     for edit in edits:
         for name in small.store.names_of(edit.fqn):
             _replace(copied, name, edit, small)
@@ -65,14 +77,28 @@ def _operator(module: nn.Module) -> str | None:
     return "embedding" if isinstance(module, nn.Embedding) else None
 
 
-def _copy(model: nn.Module) -> nn.Module:
-    """New modules on the same tensors."""
-    held: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
-    held.update({id(b): b for b in model.buffers()})
+def _copy(model: nn.Module, small: Compressed) -> nn.Module:
+    """New modules on the tensors of `small`."""
+    # Folding writes other weights under a convolution's own names. Only compress folds; it changes nothing else.
+    folded = any(entry.rule == BATCH_NORM_INTO_CONV.name and entry.applied for entry in small.log)
+    held: dict[int, Any] = {}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, own in named:
+        stored = small.store.get(name)
+        value = stored if isinstance(stored, Tensor) and not folded else own
+        if value.shape != own.shape:
+            raise TransplantError(
+                f"{name} is not of the model that was compressed",
+                required=f"shape {list(value.shape)}",
+                found=list(own.shape),
+            )
+        parameter = isinstance(own, nn.Parameter)
+        new = nn.Parameter(value.detach(), requires_grad=False) if parameter else value.detach().clone()
+        held.setdefault(id(own), new)
     return copy.deepcopy(model, held)
 
 
-def _replace(model: nn.Module, fqn: str, edit: Quantize, small: GraphModel) -> None:
+def _replace(model: nn.Module, fqn: str, edit: Quantize, small: Compressed) -> None:
     path = fqn.rpartition(".")[0]
     owner, _, leaf = path.rpartition(".")
     old, weight = model.get_submodule(path), small.store.get(edit.fqn)
@@ -87,28 +113,33 @@ def _replace(model: nn.Module, fqn: str, edit: Quantize, small: GraphModel) -> N
         new = QuantizedEmbedding(weight, dtype)
     else:
         decided = small.plan.quantize(edit.fqn, "linear") or edit
-        new = _linear(weight, cast("Tensor | None", old.bias), small.store.canonical(f"{path}.bias"), decided, small)
+        new = _linear(weight, cast("Tensor | None", old.bias), dtype, f"{path}.bias", decided, small)
     setattr(model.get_submodule(owner), leaf, new)
 
 
-def _linear(weight: QTensor, bias: Tensor | None, bias_name: str, edit: Quantize, small: GraphModel) -> QuantizedLinear:
-    dtype = small.dtype
+def _linear(
+    weight: QTensor, bias: Tensor | None, dtype: torch.dtype, bias_name: str, edit: Quantize, small: Compressed
+) -> QuantizedLinear:
     granularity = edit.activation.granularity if edit.activation is not None else None
     if not edit.static:
         return QuantizedLinear(weight, bias, activation=granularity, dtype=dtype)
     stored = [small.store.get(n) for n in (input_scale_name(edit.fqn), input_zero_name(edit.fqn))]
     scale, zero = (t if isinstance(t, Tensor) else None for t in stored)
     zero = zero - ASYMMETRIC_SHIFT if zero is not None else None
-    corrected = small.store.get(corrected_bias_name(edit.fqn, None if bias is None else bias_name))
+    corrected = small.store.get(
+        corrected_bias_name(edit.fqn, None if bias is None else small.store.canonical(bias_name))
+    )
     bias = corrected if isinstance(corrected, Tensor) else bias
     return QuantizedLinear(weight, bias, activation=granularity, dtype=dtype, input_scale=scale, input_zero_point=zero)
 
 
-def _verify(small: GraphModel, copied: nn.Module, model: nn.Module, inputs: Any) -> None:
+def _verify(small: Compressed, copied: nn.Module, model: nn.Module, inputs: Any) -> None:
     arguments = as_arguments(model, inputs)
     call = {n: v for n, v in arguments.items() if n in Signature.of(copied).names}
     with torch.no_grad():
+        torch.manual_seed(0)  # a model may draw noise in eval mode too
         expected = flat_outputs(flatten(small(**arguments))[1])
+        torch.manual_seed(0)
         found = flat_outputs(flatten(copied(**call))[1])
     delta = difference(expected, found)
     if not delta.relative <= LIMIT:

@@ -93,7 +93,39 @@ NO_OP = Rule(
     replace=_input,
 )
 
-EXACT = (DROPOUT_OFF, DROPOUT_ZERO, NO_OP)
+
+def _padding(found: Match) -> list[int] | None:
+    """ "same" and "valid" in numbers, per dimension; None where "same" pads one side more than the other."""
+    if found["padding"] == "valid":
+        return [0, 0]
+    kernel, dilation = value_of(found["w"]).shape[2:], found["dilation"]
+    totals = [d * (k - 1) for d, k in zip(dilation if len(dilation) == 2 else dilation * 2, kernel, strict=True)]
+    return [total // 2 for total in totals] if not any(total % 2 for total in totals) else None
+
+
+CONV_PADDING = Rule(
+    name="canonicalize.conv_padding",
+    pattern=Call(
+        aten.conv2d.padding,
+        Var("x"),
+        Var("w"),
+        Maybe("b"),
+        Literal("stride"),
+        Literal("padding"),
+        Literal("dilation"),
+        Literal("groups"),
+    ),
+    check=lambda program, found: None if _padding(found) else "an even filter pads one side more than the other",
+    replace=lambda program, found: program.emit(
+        aten.conv2d.default,
+        *(found[n] for n in ("x", "w", "b", "stride")),
+        _padding(found),
+        *(found[n] for n in ("dilation", "groups")),
+        like=found.root,
+    ),
+)
+
+EXACT = (DROPOUT_OFF, DROPOUT_ZERO, NO_OP, CONV_PADDING)
 
 
 def _addmm_is_plain(program: Program, found: Match) -> str | None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
+from torch import Tensor
 
 from .certificate import Certificate
-from .contract import Signature
+from .contract import Key, Signature
 from .errors import DwindleError
+from .gradient import differentiable
 from .model import GraphModel, Grow
+from .ops.operator import wants_gradient
 from .plan import Plan
-from .program import Entry
+from .program import Entry, Program
 from .report import Report
 from .store import Store
 
@@ -21,7 +24,7 @@ Measure = Callable[["Compressed"], Mapping[str, Any]]
 
 
 class Compressed(GraphModel):
-    """A compressed model for inference: call it as the original.
+    """A compressed model for inference: call it as the original. Its weights are frozen, its inputs may have gradients.
 
     certificate: what it is; recipe: how it was made (plain data); log: every rewrite applied or declined
     measured: latency and other figures taken on some machine, by `report()`; they travel with the artifact
@@ -45,6 +48,7 @@ class Compressed(GraphModel):
         self.recipe, self.certificate, self.log = dict(recipe), certificate, log
         self.measured: Mapping[str, Any] | None = measured
         self._measure = measure
+        self._differentiable: dict[Key, Program] = {}
         self.eval()
 
     def train(self, mode: bool = True) -> Self:
@@ -68,6 +72,16 @@ class Compressed(GraphModel):
                 cure="dwindle.compress(model.to(dtype), recipe)",
             )
         return cast(Self, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+    def _run(self, program: Program, tensors: Sequence[Tensor]) -> Any:
+        """A call that wants the gradient of an input is served by a second form of the graph, made on first use."""
+        if len(self.plan) and wants_gradient(*tensors):
+            program = self._differentiable.get(program.contract.key) or self._made_differentiable(program)
+        return program.module(*tensors)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
+    def _made_differentiable(self, program: Program) -> Program:
+        return self._differentiable.setdefault(program.contract.key, differentiable(program))
 
     def report(self) -> Report:
         """What was done and what it gained; measures latency on first use where the original is at hand."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -11,12 +11,17 @@ from torch import Tensor, nn
 
 from .contract import Contract, Key, Signature, bind_call, call_key
 from .errors import CaptureError, DwindleError
+from .graph_json import dtype_named
 from .plan import Plan
 from .program import Program
+from .randomness import own_random_state
 from .store import Store, view
 from .structure import Structure, rebuild
 
 MAX_VARIANTS = 8
+
+# The attribute that holds the model's own dtype, as text.
+DTYPE = "dtype"
 
 # Growing captures and verifies, which borrows the model and wants the processor's threads alone: one at a time.
 _GROWING = threading.RLock()
@@ -28,7 +33,8 @@ class GraphModel(nn.Module):
     """Calls select a variant by mode and by which arguments are present; a new one is captured on first use.
 
     Parameters and buffers are those of the store, under the model's own names. `grow(training, arguments)`
-    captures the model once more and replays the Plan on it; None where the model is not at hand.
+    captures the model once more and replays the Plan on it; None where the model is not at hand. Its state_dict has
+    a tied tensor under every name, as the model's has, and each of them alone will do when one is loaded.
     """
 
     def __init__(
@@ -48,6 +54,8 @@ class GraphModel(nn.Module):
         self.variants: dict[Key, Program] = {}
         self._grow = grow
         self._attributes = dict(attributes or {})
+        self.register_state_dict_post_hook(_name_aliases)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self.register_load_state_dict_pre_hook(_resolve_aliases)  # type: ignore[no-untyped-call]  # as above
 
     @classmethod
     def named(cls, model: nn.Module, suffix: str) -> type[Self]:
@@ -100,14 +108,18 @@ class GraphModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the floating-point parameters."""
-        return next((t.dtype for t in self.parameters() if t.is_floating_point()), torch.float32)
+        """Dtype of the floating-point parameters; where all are packed, that of the model they were."""
+        held = (t.dtype for t in self.parameters() if t.is_floating_point())
+        return next(held, None) or dtype_named(self._attributes.get(DTYPE, "float32"))
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         structure, tensors = bind_call(self.signature, args, kwargs)
         program = self.program(self.training, structure, lambda: self.signature.bind(args, kwargs))
         program.contract.check(tensors)
-        return rebuild(program.contract.output, program.module(*program.contract.laid(tensors)))
+        return rebuild(program.contract.output, self._run(program, tensors))
+
+    def _run(self, program: Program, tensors: Sequence[Tensor]) -> Any:
+        return program.module(*program.contract.laid(tensors))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
     def _capture(self, training: bool, structure: Structure, arguments: Mapping[str, Any]) -> Program:
@@ -119,7 +131,7 @@ class GraphModel(nn.Module):
                 found=f"{'train' if training else 'eval'}({given})",
                 cure="call it as captured, or compress the original model with such inputs",
             )
-        with _GROWING:
+        with _GROWING, own_random_state():
             known = self.variants.get(call_key(training, structure))  # of a thread that was here before
             if known is None:
                 known = self._grow(training, arguments)
@@ -149,6 +161,28 @@ class GraphModel(nn.Module):
             f"{type(self).__name__} shares tensors between graphs and cannot be deep-copied",
             cure="save() and load() it, or compress the model again",
         )
+
+
+def _name_aliases(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for alias, name in _aliases(model, prefix):
+        for key in _of_entry(state, name):
+            state[alias + key.removeprefix(name)] = state[key]
+
+
+def _resolve_aliases(model: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    for alias, name in _aliases(model, prefix):
+        for key in _of_entry(state, alias):
+            state.setdefault(name + key.removeprefix(alias), state.pop(key))
+
+
+def _aliases(model: nn.Module, prefix: str) -> list[tuple[str, str]]:
+    store: Store = model.__dict__["store"]
+    return [(prefix + alias, prefix + name) for alias, name in store.aliases.items()]
+
+
+def _of_entry(state: Mapping[str, Any], name: str) -> list[str]:
+    """The keys of a tensor, or of the parts of a QTensor."""
+    return [key for key in state if key == name or key.startswith(f"{name}.")]
 
 
 def flat_outputs(values: Any) -> list[Tensor]:

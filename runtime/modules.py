@@ -1,6 +1,7 @@
 """Quantised layers as eager modules: what `transplant` puts in the place of a model's own.
 
 Each calls the operator that the graph calls, on the same QTensor, so graph and module agree bit for bit.
+Weights are frozen; gradients pass through to what lies below (`gradient`), so that adapters train.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .gradient import through_linear
 from .ops.catalog import LIBRARY
+from .ops.operator import wants_gradient
 from .ops.qembedding import QEMBEDDING
 from .ops.qlinear import QLINEAR, QLINEAR_WEIGHT_ONLY
 from .ops.quantize import QUANTIZE_DYNAMIC, QUANTIZE_STATIC
@@ -48,6 +51,12 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
+        if not wants_gradient(x):
+            return self._product(x)
+        w, ranges = self.weight, (self.input_scale, self.input_zero_point)
+        return through_linear(x, self._product(x.detach()), *ranges, w.codes, w.scale, w.zero_point, w.scheme.spell())
+
+    def _product(self, x: Tensor) -> Tensor:
         w, scheme = self.weight, self.weight.scheme.spell()
         if self.activation is None:
             args = (x, w.codes, w.scale, w.zero_point, self.bias, scheme)

@@ -7,7 +7,7 @@ import torch
 from models import ZOO
 
 import dwindle
-from dwindle.passes.quantize.observers import CLIP_RATIOS, METHODS, Observer
+from dwindle.passes.quantize.observers import CLIP_RATIOS, METHODS, SAMPLE, Observer, sample
 from dwindle.runtime import numerics
 from dwindle.runtime.errors import CalibrationError
 from dwindle.runtime.plan import input_scale_name
@@ -64,6 +64,30 @@ def test_mse_is_the_best_of_its_ratios_and_beats_minmax_on_outliers() -> None:
     assert errors["mse"] == min(errors.values())
     ratios = [10.0 * i / CLIP_RATIOS / 7 for i in range(1, CLIP_RATIOS + 1)]
     assert any(scales["mse"] == pytest.approx(ratio) for ratio in ratios)
+
+
+@pytest.mark.parametrize("shape", [(32, 128, 384), (4, 512, 1024), (8, 64, 56, 56), (2 * SAMPLE - 1,), (3, 5), (1,)])
+def test_a_sample_is_small_and_has_a_part_of_every_index_of_every_dimension(shape: tuple[int, ...]) -> None:
+    count = torch.Size(shape).numel()
+    picked = sample(torch.arange(count))
+    assert min(count, SAMPLE) / 2 < picked.numel() <= SAMPLE
+    assert picked.unique().numel() == picked.numel()
+    for dim, index in enumerate(torch.unravel_index(picked, shape)):
+        parts = index.bincount(minlength=shape[dim])
+        assert parts.min() > 0 or len(shape) == 1
+        assert parts.max() <= 1.5 * parts.min() + 2
+
+
+@pytest.mark.parametrize("method", ["mse", "percentile"])
+@pytest.mark.parametrize("channel", [0, 1])
+def test_a_channel_that_stands_out_is_seen_wherever_it_is(method: str, channel: int) -> None:
+    x = torch.randn(32, 128, 384, generator=torch.Generator().manual_seed(2))
+    x[..., channel] *= 100
+    whole, parts = Observer(method=method), Observer(method=method)
+    whole.observe(x)
+    for part in x.split(1):
+        parts.observe(part)
+    assert float(whole.params(A8_TENSOR).scale) == pytest.approx(float(parts.params(A8_TENSOR).scale), rel=0.25)
 
 
 def test_nothing_observed_and_nothing_finite_are_errors() -> None:

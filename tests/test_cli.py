@@ -21,7 +21,7 @@ from dwindle.frontends import cli
 from dwindle.frontends.bench import bench, shaped
 from dwindle.frontends.commands import app
 from dwindle.frontends.measure import WARM_UP, measure
-from dwindle.frontends.models import TEXTS, SourceError, load_data, load_source
+from dwindle.frontends.models import TEXTS, Source, SourceError, load_data, load_source
 from dwindle.frontends.recipe import Recipe
 from dwindle.frontends.survey import survey
 from dwindle.runtime.errors import CalibrationError, CaptureError, DwindleError, ExportError, RecipeError
@@ -220,6 +220,17 @@ def test_exit_codes(arguments: list[str], code: int, said: str) -> None:
     done = run(*arguments)
     assert done.exit_code == code
     assert said in " ".join(done.stderr.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("name", ["r.json", "r.yaml"])
+def test_files_that_are_not_utf8_are_named(here: Path, name: str) -> None:
+    for file in (name, "texts.txt"):
+        (here / file).write_bytes(b'{"name": "caf\xe9"}')
+    done = run("compress", "tiny:mlp", "-r", name, "-o", "x")
+    assert done.exit_code == 1
+    assert f"{name} is not text" in done.stderr
+    with pytest.raises(SourceError, match=r"(?s)texts\.txt is not text.*required: text in UTF-8.*position"):
+        load_data("texts.txt", Source("tiny", nn.Linear(4, 4), None, tokenizer=object()))
 
 
 def test_debug_shows_where() -> None:

@@ -150,6 +150,8 @@ def test_a_model_that_cannot_be_captured_names_its_line() -> None:
         ({"quantize": [{"weight": {"bit": 8}}]}, "did you mean 'bits'"),
         ({"quantize": [{"weight": {"bits": 8, "granularity": "group"}}]}, "group_size"),
         ({"quantize": [{"weight": {"bits": 1}}]}, "2 to 16 bits"),
+        ({"quantize": [{"modules": []}, {}]}, r"(?s)quantize\.0\.modules.*at least 1 item"),
+        ({"quantize": [{"operators": []}, {}]}, r"(?s)quantize\.0\.operators.*at least 1 item"),
         ({"quantize": [{"modules": ["encodr.layer.0.*"]}]}, "nearest names: encoder"),
         ("nowhere.json", "no recipe file"),
     ],

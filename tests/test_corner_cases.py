@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,6 +55,28 @@ def test_models_of_other_dtypes(dtype: torch.dtype, recipe: str) -> None:
     with torch.no_grad():
         assert small(x).dtype is dtype
         assert error(small(x), model(x)) < 0.05  # measured .01
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("recipe", ["zeroquant-w8a8", "w8a16", "static-w8a8"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_model_that_is_packed_whole_keeps_its_dtype(
+    dtype: torch.dtype, recipe: str, trained: bool, tmp_path: Path
+) -> None:
+    layers = [nn.Linear(64, 64, bias=False), nn.ReLU(), nn.Linear(64, 64, bias=False)]
+    model, x = nn.Sequential(*layers).to(dtype).eval(), _x(3, 64).to(dtype)
+    make = dwindle.prepare if trained else dwindle.compress
+    small: Any = make(model, recipe, inputs=x, data=[x])
+    small = small.finish() if trained else small
+    assert not list(small.parameters())
+    eager = dwindle.transplant(small, model, inputs=x)
+    with torch.no_grad():
+        assert torch.equal(eager(x), small(x))
+        for form in (small, dwindle.load(small.save(tmp_path / "small"))):
+            assert form.dtype is form(x).dtype is dtype
+            assert form.to(dtype)(x).dtype is dtype
+            with pytest.raises(DwindleError, match="keeps its dtype"):
+                form.to(torch.float32)
 
 
 # What forward does

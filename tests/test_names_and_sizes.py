@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
+from models import ZOO
 from torch import Tensor, nn
 
 import dwindle
@@ -117,3 +120,112 @@ def test_inputs_that_the_model_refuses_are_not_called_uncapturable() -> None:
         dwindle.compress(nn.Linear(4, 4), inputs=_x(4, 16))
     with pytest.raises(dwindle.DwindleError, match="dimensions from 0 to 1"):
         dwindle.compress(nn.Linear(16, 4), inputs=_x(4, 16), dynamic_shapes={"input": {5: "batch"}})
+
+
+class _Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.GRUCell(16, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        return self.head(self.cell(x, h[0]))
+
+
+@pytest.mark.parametrize("make", [dwindle.compress, dwindle.prepare])
+def test_a_batch_that_is_not_the_first_dimension(make, monkeypatch) -> None:
+    monkeypatch.setattr("dwindle.frontends.measure.SECONDS_EACH", 0.01)
+    model = _Recurrent().eval()
+    small = make(model, inputs=(_x(4, 16), _x(1, 4, 16)), dynamic_shapes={"x": {0: "batch"}, "h": {1: "batch"}})
+    small = small if isinstance(small, dwindle.Compressed) else small.finish()
+    with torch.no_grad():
+        assert small(_x(7, 16), _x(1, 7, 16)).shape == (7, 8)
+    assert [row["batch"] for row in small.report().measured["latency"]] == [1, 8]
+
+
+def test_a_tied_weight_is_in_a_state_under_all_its_names() -> None:
+    model, inputs = ZOO["tied_lm"]()
+    student = dwindle.prepare(model, inputs=inputs)
+    assert student.state_dict().keys() == model.state_dict().keys()
+    changed = {name: value * 2 for name, value in model.state_dict().items()}
+    for left_out in (None, "embedding.weight", "head.weight"):  # safetensors keeps one name of a tied weight
+        student = dwindle.prepare(model, inputs=inputs)
+        student.load_state_dict({name: value for name, value in changed.items() if name != left_out})
+        assert all(torch.equal(value, changed[name]) for name, value in student.state_dict().items())
+    with pytest.raises(RuntimeError, match=r'Missing key.*"embedding\.weight"'):
+        student.load_state_dict({n: v for n, v in changed.items() if n not in ("embedding.weight", "head.weight")})
+    other, _ = ZOO["tied_lm"]()
+    other.load_state_dict(student.state_dict())
+    assert torch.equal(other.head.weight, changed["head.weight"])
+    outer = nn.ModuleDict({"student": student, "other": nn.Linear(2, 2)})
+    outer.load_state_dict({name: value * 2 for name, value in outer.state_dict().items()})
+    assert torch.equal(dict(student.named_parameters())["embedding.weight"], changed["head.weight"] * 2)
+
+
+def test_a_tied_packed_weight_is_in_a_state_under_all_its_names(tmp_path: Path) -> None:
+    model, inputs = ZOO["tied_lm"]()
+    small = dwindle.compress(model, inputs=inputs)
+    state = small.state_dict()
+    assert state["head.weight.codes"].data_ptr() == state["embedding.weight.codes"].data_ptr()
+    loaded = dwindle.load(small.save(tmp_path / "small"))
+    assert loaded.state_dict().keys() == state.keys()
+    expected = small(**inputs)
+    loaded.load_state_dict({name: value * 0 for name, value in state.items() if not name.startswith("embedding")})
+    assert not loaded(**inputs).any()
+    loaded.load_state_dict(state)
+    assert torch.equal(loaded(**inputs), expected)
+
+
+def test_the_line_is_found_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "frontends" / "torchlike"
+    folder.mkdir(parents=True)
+    lines = ["from torch import nn", "class Branches(nn.Linear):", "    def forward(self, input):"]
+    lines += ["        if input.sum().item() > 0:", "            return input", "        return -input"]
+    (folder / "branching_model.py").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(folder)
+    model = importlib.import_module("branching_model").Branches(16, 16)
+    with pytest.raises(dwindle.DwindleError, match=r"found: .*branching_model\.py:4: if input"):
+        dwindle.compress(model, inputs=_x(4, 16))
+
+
+class _ByPosition(nn.Linear):
+    def forward(self, x: Tensor, /) -> Tensor:
+        return super().forward(x)
+
+
+def test_arguments_by_position_alone_are_refused_by_name() -> None:
+    with pytest.raises(dwindle.DwindleError, match=r"(?s)by position alone.*_ByPosition\.forward\(x.*drop the /"):
+        dwindle.compress(_ByPosition(16, 16).eval(), inputs=_x(4, 16))
+
+
+class _Noisy(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.randn(x.shape[0], 16)
+
+
+def test_the_callers_random_numbers_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dwindle.frontends.measure.SECONDS_EACH", 0.01)
+    model, x = _Noisy(16, 16).eval(), _x(4, 16)
+    before = torch.get_rng_state()
+    for recipe in ("zeroquant-w8a8", STATIC):
+        small = dwindle.compress(model, recipe, inputs=x, data=[x])
+        assert small.contracts[0].limits["batch"][0] <= 1  # noise alone does not make a batch of one differ
+        dwindle.prepare(model, recipe, inputs=x, data=[x]).finish().report()
+        small.report()
+        dwindle.transplant(small, model, inputs=x)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class _Drops(nn.Linear):
+    def forward(self, x: Tensor, twice: bool = False) -> Tensor:
+        y = nn.functional.dropout(super().forward(x), 0.5, self.training)
+        return y * 2 if twice else y
+
+
+def test_a_variant_that_is_captured_on_first_use_draws_as_the_model() -> None:
+    model, x = _Drops(16, 16).train(), _x(4, 16)
+    student = dwindle.prepare(model, {}, inputs=x)
+    for call in ({}, {"twice": True}):
+        torch.manual_seed(0)
+        expected = model(x, **call)
+        torch.manual_seed(0)
+        assert torch.equal(student(x, **call), expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,8 @@ class _Model(nn.Module):
 
 
 def _captured(model: nn.Module, x: Tensor, *, training: bool = False) -> Program:
-    return capture(model, {"x": x}, Store.of(model), training=training, dynamic_shapes={})
+    (name,) = inspect.signature(model.forward).parameters
+    return capture(model, {name: x}, Store.of(model), training=training, dynamic_shapes={})
 
 
 def _weight(*shape: int, seed: int = 0) -> nn.Parameter:
@@ -93,6 +95,19 @@ CASES = (
         lambda: (_Model(lambda m, x: x.transpose(0, 1).contiguous().to(torch.float64).sin()), X),
     ),
     Case(
+        "conv_padding",
+        3,
+        lambda: (
+            nn.Sequential(
+                nn.Conv2d(4, 6, (3, 5), padding="same", dilation=(1, 2)),
+                nn.Conv2d(6, 6, 3, padding="same", groups=2, bias=False),
+                nn.Conv2d(6, 4, 2, stride=2, padding="valid"),
+            ),
+            IMAGE,
+        ),
+        lambda: (nn.Conv2d(4, 6, (3, 4), padding="same"), IMAGE),
+    ),
+    Case(
         "conv1d_to_linear",
         1,
         lambda: (_Model(_conv1d, w=_weight(8, 3), b=_weight(3)), X),
@@ -127,6 +142,7 @@ def _apply(program: Program, rule: Rule) -> int:
     return apply_rules(program, (rule,), "test")
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.rule)
 def test_rule_counts_compares_refuses_repeats(case: Case) -> None:
     rule = RULES[case.rule]

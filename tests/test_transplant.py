@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from models import ZOO
+from torch import nn
 
 import dwindle
 from dwindle.frontends.transplant import TransplantError
@@ -80,3 +81,66 @@ def test_convolutions_are_refused_by_name() -> None:
     small = dwindle.compress(model, "static-w8a8", inputs=inputs, data=[inputs])
     with pytest.raises(TransplantError, match=r"(?s)convolution\.weight.*cure"):
         dwindle.transplant(small, model, inputs=inputs)
+
+
+@pytest.mark.parametrize("recipe", ["zeroquant-w8a8", STATIC], ids=["dynamic", "static"])
+@pytest.mark.parametrize("loaded", [False, True], ids=["finished", "loaded"])
+def test_a_trained_result_brings_its_own_tensors(recipe, loaded: bool, tmp_path) -> None:
+    layers = [nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.LayerNorm(32), nn.Linear(32, 4)]
+    model, x = nn.Sequential(*layers), torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
+    if recipe is STATIC:
+        recipe = {"quantize": STATIC["quantize"][:1]}
+    student = dwindle.prepare(model.train(), recipe, inputs=x, data=[x])
+    optimizer = torch.optim.Adam(student.parameters(), lr=0.1)
+    for _ in range(5):
+        optimizer.zero_grad()
+        student(x).square().sum().backward()
+        optimizer.step()
+    small = student.finish()
+    if loaded:
+        small = dwindle.load(small.save(tmp_path / "small"))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    eager = dwindle.transplant(small, model, inputs=x)
+    with torch.no_grad():
+        assert torch.equal(eager(x), small(x))
+    assert not torch.equal(eager[1].running_mean, model[1].running_mean)
+    assert not torch.equal(eager[3].bias, model[3].bias)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_folded_weights_are_not_folded_twice() -> None:
+    model, inputs = ZOO["cnn"]()
+    recipe = {"quantize": [{"operators": ["linear", "conv2d"], "modules": ["head"]}]}
+    small = dwindle.compress(model, recipe, inputs=inputs)
+    eager = dwindle.transplant(small, model, inputs=inputs)
+    with torch.no_grad():
+        assert torch.allclose(eager(**inputs), small(**inputs), atol=1e-4)
+
+
+class _Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.layer(x) * self.calls
+
+
+def test_buffers_that_are_written_are_the_copys_own() -> None:
+    model, x = _Counts().eval(), torch.randn(4, 16)
+    small = dwindle.compress(model, inputs=x)
+    eager = dwindle.transplant(small, model, inputs=x)
+    assert model.calls.item() == 0
+    with torch.no_grad():
+        assert torch.equal(eager(x), small(x))
+
+
+def test_what_is_not_finished_and_another_model_are_refused() -> None:
+    model, inputs = ZOO["mlp"]()
+    with pytest.raises(TransplantError, match=r"finish\(\)"):
+        dwindle.transplant(dwindle.prepare(model, inputs=inputs), model, inputs=inputs)
+    wider = nn.Sequential(nn.Linear(16, 48), *list(model)[1:]).eval()
+    with pytest.raises(TransplantError, match=r"0\.bias is not of the model"):
+        dwindle.transplant(dwindle.compress(model, inputs=inputs), wider, inputs=inputs)

@@ -12,10 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import compat
 
 NAMESPACE = "dwindle"
+
+
+def wants_gradient(*values: object) -> bool:
+    """Whether autograd records what is done to any of `values`: then a kernel that it cannot see into must decline."""
+    return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from .. import compat, numerics
 from ..layout import unpack
 from ..numerics import Params
 from ..scheme import Scheme
-from .operator import Kernel, Operator
+from .operator import Kernel, Operator, wants_gradient
 from .quantize import chunk_rows
 
 
@@ -83,6 +83,8 @@ def _int8_cpu(
 def _serves_int8_cpu(codes: Tensor, scale: Tensor, weight: Tensor, *rest: object) -> str | None:
     if codes.device.type != "cpu":
         return "needs a CPU tensor"
+    if wants_gradient(scale, weight, *rest):
+        return "needs no gradient"
     return None if _is_w8_channel(str(rest[3])) else "needs 8-bit symmetric per-channel weights"
 
 
@@ -121,9 +123,11 @@ def _rows_of(values: Tensor, part: slice) -> Tensor:
     return values if values.dim() == 0 else values[part]
 
 
-def _serves_weight_only_cpu(x: Tensor, weight: Tensor, *_: object) -> str | None:
+def _serves_weight_only_cpu(x: Tensor, weight: Tensor, *rest: object) -> str | None:
     if x.device.type != "cpu":
         return "needs a CPU tensor"
+    if wants_gradient(x, *rest):
+        return "needs no gradient"
     return None if x.numel() and weight.shape[0] else "nothing to multiply"
 
 

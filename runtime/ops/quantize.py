@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from .. import numerics
+from ..errors import DwindleError
 from ..numerics import Params
 from ..scheme import A8_TENSOR, A8_TOKEN, Scheme
-from .operator import Kernel, Operator
+from .operator import Kernel, Operator, wants_gradient
 
 
 def chunk_rows(columns: int) -> int:
@@ -23,7 +24,19 @@ def chunk_rows(columns: int) -> int:
     return max(16, numerics.CHUNK_ELEMENTS // max(columns, 1))
 
 
+def _require_no_gradient(x: Tensor) -> None:
+    """Integer codes would cut the gradient off without a word."""
+    if wants_gradient(x):
+        raise DwindleError(
+            "the codes of an activation carry no gradient",
+            required="an activation that needs no gradient",
+            found="requires_grad=True",
+            cure="call it under torch.no_grad(), or keep gradients with runtime.modules or fake_quantize",
+        )
+
+
 def _dynamic_reference(x: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
+    _require_no_gradient(x)
     scheme = A8_TOKEN if granularity == "token" else A8_TENSOR
     params = numerics.parameters(x, scheme)
     return numerics.quantize(x, params, scheme), params.scale
@@ -47,22 +60,36 @@ def _dynamic_token_cpu(x: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
 def _token_on_cpu(x: Tensor, granularity: str) -> str | None:
     if x.device.type != "cpu":
         return "needs a CPU tensor"
+    if wants_gradient(x):
+        return "needs no gradient"
     return None if granularity == "token" else "needs granularity 'token'"
 
 
 def _static_reference(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    _require_no_gradient(x)
     steps = torch.round(x.float() / scale)
     if zero_point is not None:
         steps = steps + zero_point
-    low = -127 if zero_point is None else -128
-    return steps.clamp(low, 127).to(torch.int8)
+    return steps.clamp(_lowest(zero_point), 127).to(torch.int8)
+
+
+def in_range(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """Where `quantize_static` does not clip, as `numerics.fake_quantize` has it: boolean, in x's shape."""
+    steps = x.detach().float() / scale
+    if zero_point is not None:
+        steps = steps + zero_point
+    return (steps >= _lowest(zero_point) - 0.5) & (steps <= 127.5)
+
+
+def _lowest(zero_point: Tensor | None) -> int:
+    return -127 if zero_point is None else -128
 
 
 @torch.no_grad()
 def _static_cpu(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     codes = torch.empty(rows.shape, dtype=torch.int8)
-    low, step = -127 if zero_point is None else -128, chunk_rows(rows.shape[1])
+    low, step = _lowest(zero_point), chunk_rows(rows.shape[1])
     for i in range(0, rows.shape[0], step):
         steps = torch.div(rows[i : i + step].float(), scale).round_()
         if zero_point is not None:
@@ -72,7 +99,9 @@ def _static_cpu(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
 
 
 def _on_cpu(x: Tensor, *_: object) -> str | None:
-    return None if x.device.type == "cpu" and x.dim() > 0 else "needs a CPU tensor"
+    if x.device.type != "cpu" or x.dim() == 0:
+        return "needs a CPU tensor"
+    return "needs no gradient" if wants_gradient(x) else None
 
 
 def _fake(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, scheme: str) -> Tensor:
@@ -95,7 +124,7 @@ def _without_gradient(x: Tensor, scale: Tensor | None, *_: object) -> str | None
         return "needs a CPU tensor"
     if scale is not None and scale.dim() > 0:
         return "needs ranges per tensor, or none"
-    return "needs no gradient" if torch.is_grad_enabled() and x.requires_grad else None
+    return "needs no gradient" if wants_gradient(x) else None
 
 
 QUANTIZE_DYNAMIC = Operator(
