@@ -23,6 +23,9 @@ from ..runtime.store import Store
 
 aten = torch.ops.aten
 
+# Orders of a parameter's dimensions, see QTensor.dims: of GPT-2's (K, N), and of filters (O, C, kh, kw).
+TRANSPOSED, FILTERS = (1, 0), (0, 2, 3, 1)
+
 
 def pack(program: Program, edits: Mapping[str, Quantize], target: Store) -> Program:
     """Copy the graph onto `target`: fake(W) becomes dequantize(packed W), other tensors move as they are."""
@@ -64,11 +67,8 @@ def _read_packed(
     if not isinstance(qtensor, QTensor):
         weight = program.store.get(fqn)
         assert isinstance(weight, Tensor)
-        if transposed:
-            weight = weight.t()
-        if for_conv:
-            weight = weight.permute(0, 2, 3, 1)
-        qtensor = QTensor.quantize(weight.detach(), edit.weight)
+        dims = TRANSPOSED if transposed else FILTERS if for_conv else None
+        qtensor = QTensor.quantize(weight.detach(), edit.weight, dims=dims)
         target.put(fqn, qtensor)
         before, after = weight.numel() * weight.element_size(), qtensor.nbytes
         program.log.append(Entry(stage="lower", rule="pack.weight", where=fqn, bytes_before=before, bytes_after=after))
