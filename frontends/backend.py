@@ -6,8 +6,12 @@ graph is trained as it is. Options, as `torch.compile(..., options={...})`:
     recipe    as for `compress`; default "zeroquant-w8a8"; {} quantises nothing
     inner     what compiles the rewritten graph: "inductor" (default) or "eager"
 
-dynamo guards on shapes and modes, not on the values of weights, so quantised weights are refreshed when a
-weight was written in place since the last call. Recipes with static activations need data and are refused.
+dynamo guards on shapes and modes, not on which parameters a call brings nor on their values, so the graph takes
+all tensors as arguments and weights are packed by parameter, again when they were written; see `packed`. One kind of
+write can be missed, one through `parameter.data` (or numpy): on CPU where it leaves the 32 bytes in the middle of the
+weight as they are, on other devices always. Write the parameter itself under no_grad instead, or call
+`torch.compiler.reset()` afterwards.
+Recipes with static activations need data and are refused.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from ..passes.canonicalize import canonicalize
 from ..passes.driver import Driver
@@ -24,10 +28,10 @@ from ..passes.pipeline import PIPELINE, Job, run_stages
 from ..runtime import compat
 from ..runtime.contract import Contract
 from ..runtime.errors import RecipeError
-from ..runtime.plan import Quantize
 from ..runtime.program import Program
 from ..runtime.qtensor import QTensor
 from ..runtime.store import Store
+from .packed import PackedWeights
 from .recipe import Recipe
 
 INNER: Mapping[str, Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]] = {
@@ -44,7 +48,7 @@ def dwindle_backend(
     recipe, inner = _options(options or {})
     graph = compat.retrace(module)
     if torch.is_grad_enabled() or not recipe.quantize:
-        program, _ = _program(module, graph, example_inputs, hold=False)
+        program, _ = _program(module, graph, example_inputs, hold=False)  # every tensor stays an argument
         return inner(canonicalize(program).module, example_inputs)
     return _quantized(module, graph, example_inputs, recipe, inner)
 
@@ -78,31 +82,38 @@ def _quantized(
     recipe: Recipe,
     inner: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
 ) -> Callable[..., Any]:
-    program, kept = _program(module, graph, example_inputs, hold=True)
-    floats = {name: value for name, value in program.store.entries() if isinstance(value, nn.Parameter)}
-    job = Job(rules=recipe.rules())
+    program, given = _program(module, graph, example_inputs, hold=True)
+    # trains: weights come with each call, so none may be rewritten into another, as folding a batch norm does.
+    job = Job(rules=recipe.rules(), trains=True)
     program = run_stages(Driver(program, None), PIPELINE, job)
-    quantized = [edit.fqn for edit in job.plan or () if isinstance(edit, Quantize)]
-    compiled = inner(program.module, [example_inputs[i] for i in kept])
-    return _Refreshing(compiled, kept, [(floats[n], job.target.get(n)) for n in dict.fromkeys(quantized)])
+    weights = {name: value for name, value in job.target.entries() if isinstance(value, QTensor)}
+    lifted, kept = _lifted(program, given, weights)
+    parts = [part for qtensor in weights.values() for part in qtensor.buffers()]
+    compiled = inner(lifted, [*(example_inputs[i] for i in kept), *compat.static_inputs(parts)])
+    packed = PackedWeights([(example_inputs[given[name]], qtensor) for name, qtensor in weights.items()])
+    positions = [given[name] for name in weights]
+    return lambda *args: compiled(*(args[i] for i in kept), *packed([args[i] for i in positions]))
 
 
 def _program(
     module: fx.GraphModule, retraced: fx.GraphModule, example_inputs: Sequence[Any], *, hold: bool
-) -> tuple[Program, list[int]]:
-    """The retraced graph on a store, and which of dynamo's arguments it still takes, by position.
+) -> tuple[Program, dict[str, int]]:
+    """The retraced graph on a store, and by name the positions of dynamo's arguments.
 
     hold: placeholders that are parameters become reads of the store, so that passes see them as weights.
     """
     graph, store = fx.Graph(), Store()
-    kept, names, values = list[int](), dict[int, str](), dict[fx.Node, fx.Node]()
+    values = dict[fx.Node, fx.Node]()
     sources = [n for n in module.graph.nodes if n.op == "placeholder"]
     placeholders = [n for n in retraced.graph.nodes if n.op == "placeholder"]
-    for i, (source, node, value) in enumerate(zip(sources, placeholders, example_inputs, strict=True)):
+    given = {str(node.target): i for i, node in enumerate(placeholders)}
+    for source, node, value in zip(sources, placeholders, example_inputs, strict=True):
         if not (hold and isinstance(value, nn.Parameter)):
-            kept.append(i)
             continue
-        name = names.setdefault(id(value), compat.parameter_name(source))
+        name = compat.parameter_name(source)
+        while name in given:  # a[0] and a["0"] read alike
+            name += "_"
+        given[name] = given[str(node.target)]
         store.put(name, value)
         values[node] = _read(graph, name, node)
     for node in retraced.graph.nodes:
@@ -111,7 +122,7 @@ def _program(
         elif node not in values:
             values[node] = graph.node_copy(node, values.__getitem__)
     contract = Contract(torch.is_grad_enabled(), {"kind": "dict", "items": {}}, (), {"kind": "tuple", "items": []})
-    return Program.of(graph, store, contract), kept
+    return Program.of(graph, store, contract), given
 
 
 def _read(graph: fx.Graph, name: str, like: fx.Node) -> fx.Node:
@@ -120,18 +131,23 @@ def _read(graph: fx.Graph, name: str, like: fx.Node) -> fx.Node:
     return node
 
 
-class _Refreshing:
-    """The compiled graph, called with dynamo's arguments less the parameters it holds in integers."""
+def _lifted(
+    program: Program, given: Mapping[str, int], weights: Mapping[str, QTensor]
+) -> tuple[fx.GraphModule, list[int]]:
+    """The graph with every parameter and packed weight as an argument again; only its own constants stay in it.
 
-    def __init__(self, compiled: Callable[..., Any], kept: Sequence[int], pairs: Sequence[tuple[Tensor, Any]]) -> None:
-        self._compiled, self._kept = compiled, tuple(kept)
-        self._pairs = [(p, q) for p, q in pairs if isinstance(q, QTensor)]
-        self._versions = [compat.version_of(p) for p, _ in self._pairs]
-
-    def __call__(self, *args: Any) -> Any:
-        for i, (parameter, qtensor) in enumerate(self._pairs):
-            version = compat.version_of(parameter)
-            if version != self._versions[i]:
-                self._versions[i] = version
-                qtensor.refresh(parameter)
-        return self._compiled(*(args[i] for i in self._kept))
+    Arguments: dynamo's, by the positions that are returned, then the buffers of each of `weights`.
+    """
+    reads = ("placeholder", "get_attr")
+    parts = [f"{name}.{part}" for name, qtensor in weights.items() for part, _ in qtensor.named_buffers()]
+    inputs = {str(n.target): n for n in program.graph.nodes if n.op in reads and str(n.target) in given}
+    graph, values, taken = fx.Graph(), dict[fx.Node, fx.Node](), dict[str, fx.Node]()
+    for i, name in enumerate([*inputs, *parts]):
+        taken[name] = graph.placeholder(f"dwindle_{i}")
+    for node in program.graph.nodes:
+        if node.op in reads and str(node.target) in taken:
+            values[node] = taken[str(node.target)]
+            values[node].meta = dict(node.meta)
+        else:
+            values[node] = graph.node_copy(node, values.__getitem__)
+    return fx.GraphModule(program.module, graph), [given[name] for name in inputs]

@@ -5,11 +5,12 @@
 
 The caller's floating-point tensors are read once and never written; a weight at a time is in memory twice. Variants
 may differ in what they make of one tensor: packed as it lies or transposed, with a batch norm folded in or without.
-The first keeps the tensor's name, another form gets a name of its own (`Store.forms`).
+The first keeps the tensor's name, another form gets a number after it.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,8 +27,11 @@ from ..runtime.store import Store
 
 aten = torch.ops.aten
 
-# How a packed tensor lies, against the model's: the ends of what `Store.forms` says.
-PLAIN, TRANSPOSED, FILTERS = "plain", "transposed", "filters"
+# Orders of a parameter's dimensions, see QTensor.dims: of GPT-2's (K, N), and of filters (O, C, kh, kw).
+TRANSPOSED, FILTERS = (1, 0), (0, 2, 3, 1)
+
+# In `Store.forms`: a tensor is the model's of that name.
+PLAIN = "plain"
 
 
 def pack(program: Program, edits: Mapping[str, Quantize], target: Store) -> Program:
@@ -38,8 +42,8 @@ def pack(program: Program, edits: Mapping[str, Quantize], target: Store) -> Prog
     for node in program.graph.nodes:
         fqn, transposed = _fake_weight(program, node)
         if fqn is not None and fqn in edits:
-            name, form = _packed(program, node, fqn, edits[fqn], packed, transposed)
-            values[node] = _read_packed(graph, node, target, name, form)
+            name = _packed(program, node, fqn, edits[fqn], packed, transposed)
+            values[node] = _read_packed(graph, node, target, name, as_stored=transposed)
         elif node.op == "get_attr" and all(_fake_weight(program, u)[0] for u in _past_transpose(node)):
             continue  # only packed reads are left
         elif node.op == "get_attr":
@@ -63,42 +67,36 @@ def _fake_weight(program: Program, node: fx.Node) -> tuple[str | None, bool]:
     return program.tensor_of(source), False
 
 
-def _packed(
-    program: Program, node: fx.Node, fqn: str, edit: Quantize, packed: Program, transposed: bool
-) -> tuple[str, str]:
-    """Name and lie of the QTensor in the target, made unless an earlier variant left it there."""
+def _packed(program: Program, node: fx.Node, fqn: str, edit: Quantize, packed: Program, transposed: bool) -> str:
+    """Name of the QTensor in the target, made unless an earlier variant left it there."""
+    weight, form = program.store.get(fqn), program.store.forms.get(fqn, PLAIN)
+    assert isinstance(weight, Tensor)
     # Filters lie as (O, kh, kw, C), see runtime.ops.qconv2d; groups run along (C, kh, kw), so those stay as they are.
     for_conv = edit.weight.group_size is None and any(u.target is aten.conv2d.default for u in node.users)
-    lie = TRANSPOSED if transposed else FILTERS if for_conv else PLAIN
-    target, form = packed.store, _packed_form(program, fqn, lie)
-    name = _free_name(target, fqn, form)
+    dims = TRANSPOSED if transposed else FILTERS if for_conv else tuple(range(weight.dim()))
+    target = packed.store
+    name = _free_name(target, fqn, form, dims)
     if target.get(name) is None:
-        weight = program.store.get(fqn)
-        assert isinstance(weight, Tensor)
-        qtensor = QTensor.quantize(_laid(weight.detach(), lie), edit.weight)
+        qtensor = QTensor.quantize(weight.detach(), edit.weight, dims=dims)
         target.put(name, qtensor)
         target.forms[name] = form
         before, after = weight.numel() * weight.element_size(), qtensor.nbytes
         packed.log.append(Entry(stage="lower", rule="pack.weight", where=name, bytes_before=before, bytes_after=after))
-    return name, lie
+    return name
 
 
-def _packed_form(program: Program, fqn: str, lie: str) -> str:
-    return f"{program.store.forms.get(fqn, PLAIN)}_packed_{lie}"
+def _free_name(target: Store, name: str, form: str, dims: tuple[int, ...] | None) -> str:
+    """`name`, or one with a number where the target has something else there; dims: None for a float tensor."""
+    for candidate in itertools.chain((name,), (f"{name}_{i}" for i in itertools.count(1))):
+        known = target.get(candidate)
+        lies = known.dims if isinstance(known, QTensor) else None
+        if known is None or (target.forms.get(candidate, PLAIN) == form and lies == dims):
+            return candidate
+    raise AssertionError("names do not end")
 
 
-def _laid(weight: Tensor, lie: str) -> Tensor:
-    return weight.t() if lie == TRANSPOSED else weight.permute(0, 2, 3, 1) if lie == FILTERS else weight
-
-
-def _free_name(target: Store, name: str, form: str) -> str:
-    """`name` where the target has nothing or this form there, else one made of both."""
-    known = target.forms.get(name, PLAIN)
-    return name if target.get(name) is None or known == form else f"{name}_{form}"
-
-
-def _read_packed(graph: fx.Graph, like: fx.Node, target: Store, name: str, lie: str) -> fx.Node:
-    """dequantize(packed W) as `like` gives it: filters back in their order, a transposed weight as it was packed."""
+def _read_packed(graph: fx.Graph, like: fx.Node, target: Store, name: str, *, as_stored: bool = False) -> fx.Node:
+    """dequantize(packed W) in the parameter's own order, or in that in which it is packed."""
     qtensor = target.get(name)
     assert isinstance(qtensor, QTensor)
     mode = compat.fake_mode_of(like.graph)
@@ -111,8 +109,9 @@ def _read_packed(graph: fx.Graph, like: fx.Node, target: Store, name: str, lie: 
     args = (*reads, list(qtensor.shape), qtensor.scheme.spell(), value_of(like).dtype)
     read = graph.call_function(DEQUANTIZE.overload, args)
     read.meta = dict(like.meta)
-    if lie == FILTERS:
-        read = graph.call_function(aten.permute.default, (read, [0, 3, 1, 2]))
+    if not as_stored and qtensor.dims != tuple(sorted(qtensor.dims)):
+        back = [qtensor.dims.index(i) for i in range(len(qtensor.dims))]
+        read = graph.call_function(aten.permute.default, (read, back))
         read.meta = dict(like.meta)
     return read
 
@@ -130,18 +129,10 @@ def _moved(program: Program, node: fx.Node, graph: fx.Graph, target: Store) -> f
     assert isinstance(tensor, Tensor)
     if name.startswith("constants."):
         return _get_attr(graph, target.constant(tensor), node.meta)
-    known = target.forms.get(name, PLAIN)
-    if isinstance(target.get(name), QTensor):
-        lie = next(lie for lie in (TRANSPOSED, FILTERS, PLAIN) if known.endswith(lie))
-        if known == _packed_form(program, name, lie):
-            read = _read_packed(graph, node, target, name, lie)
-            if lie == TRANSPOSED:
-                read = graph.call_function(aten.t.default, (read,))
-                read.meta = dict(node.meta)
-            return read
-        form = f"{form}_float"
-    name = _free_name(target, name, form)
-    if target.get(name) is None:
-        target.adopt(name, tensor, persistent=program.store.is_persistent(str(node.target)))
-        target.forms[name] = form
-    return _get_attr(graph, name, node.meta)
+    if isinstance(target.get(name), QTensor) and target.forms.get(name, PLAIN) == form:
+        return _read_packed(graph, node, target, name)
+    free = _free_name(target, name, form, None)
+    if target.get(free) is None:
+        target.adopt(free, tensor, persistent=program.store.is_persistent(name))
+        target.forms[free] = form
+    return _get_attr(graph, free, node.meta)

@@ -120,6 +120,12 @@ def inductor(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any
     return cast(Callable[..., Any], compile_fx(module, list(inputs)))
 
 
+def static_inputs(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Stand-ins of fixed shape for inputs that dynamo has not seen: it may be compiling all sizes as symbols."""
+    mode = torch._guards.detect_fake_mode()
+    return [mode.from_tensor(t, static_shapes=True) for t in tensors] if mode is not None else list(tensors)
+
+
 def version_of(tensor: Tensor) -> int:
     """How often a tensor was written in place; an inference tensor does not count."""
     return 0 if tensor.is_inference() else tensor._version

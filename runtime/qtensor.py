@@ -24,33 +24,51 @@ class QTensor(nn.Module):
         scale      fp32, `numerics.scale_shape(shape, scheme)`
         zero_point fp32 as scale for asymmetric schemes, else absent
         dequantize() == numerics.dequantize(int_codes(), params, scheme), in `shape`
+        dims       shape[i] == parameter.shape[dims[i]]: operators may want it transposed or permuted; not saved
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
 
-    def __init__(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme, shape: tuple[int, ...]):
+    def __init__(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        scheme: Scheme,
+        shape: tuple[int, ...],
+        dims: tuple[int, ...] | None = None,
+    ) -> None:
         super().__init__()
         self.scheme, self.shape = scheme, tuple(shape)
+        self.dims = dims or tuple(range(len(self.shape)))
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero_point)
 
     @staticmethod
-    def quantize(weight: Tensor, scheme: Scheme, params: Params | None = None, *, key: int | None = None) -> QTensor:
-        """Quantise `weight` (2 or more dims, finite); `params` default to min-max.
+    def quantize(
+        weight: Tensor,
+        scheme: Scheme,
+        params: Params | None = None,
+        *,
+        key: int | None = None,
+        dims: tuple[int, ...] | None = None,
+    ) -> QTensor:
+        """Quantise `weight` (2 or more dims, finite), with its dimensions in the order `dims`; `params`: min-max.
 
         Raises SchemeError when the weight is not finite or does not divide into groups.
         """
         require_finite(weight)
+        weight = weight if dims is None else weight.permute(dims)
         with torch.no_grad():
             # Some rows at a time, so that no temporary is as large as an embedding table.
             parts = numerics.chunks(weight, scheme) if params is None else [slice(None)]
             made = [_packed(weight[part], scheme, params, key) for part in parts]
         zeros = [p.zero_point for _, p in made if p.zero_point is not None]
         packed, scale = _joined([codes for codes, _ in made]), _joined([p.scale for _, p in made])
-        return QTensor(packed, scale, _joined(zeros) if zeros else None, scheme, tuple(weight.shape))
+        return QTensor(packed, scale, _joined(zeros) if zeros else None, scheme, tuple(weight.shape), dims)
 
     @property
     def params(self) -> Params:
@@ -71,10 +89,11 @@ class QTensor(nn.Module):
         return numerics.dequantize(self.int_codes(), self.params, self.scheme)
 
     def refresh(self, weight: Tensor) -> None:
-        """Quantise a new float `weight` of the same shape into the same buffers (safe under CUDA graphs)."""
-        if tuple(weight.shape) != self.shape:
-            raise SchemeError("refresh with another shape", required=self.shape, found=tuple(weight.shape))
-        fresh = QTensor.quantize(weight, self.scheme)
+        """Quantise a new value of the parameter into the same buffers (safe under CUDA graphs)."""
+        required = tuple(self.shape[self.dims.index(i)] for i in range(len(self.dims)))
+        if tuple(weight.shape) != required:
+            raise SchemeError("refresh with another shape", required=required, found=tuple(weight.shape))
+        fresh = QTensor.quantize(weight, self.scheme, dims=self.dims)
         for name, buffer in self.named_buffers():
             buffer.copy_(fresh.get_buffer(name))
 

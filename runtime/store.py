@@ -19,7 +19,7 @@ class Store(nn.Module):
     """Parameters, buffers and QTensors by dotted name.
 
     aliases: every other name of a tied tensor -> the name it is stored under.
-    forms: what a tensor here is where it is not the model's of that name as it lies: folded, transposed
+    forms: what a tensor here is where it is not the model's of that name: one with a batch norm folded in
     borrows: the parameters are somebody else's. adopts: what `adopt` does to a tensor of another store
     """
 

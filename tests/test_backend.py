@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,8 +11,12 @@ import torch
 from models import ZOO
 from numerics import error
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import dwindle
+from dwindle.frontends.packed import PackedWeights
+from dwindle.runtime.qtensor import QTensor
+from dwindle.runtime.scheme import Scheme
 
 EXACT = {"recipe": {}, "inner": "eager"}
 
@@ -19,6 +24,7 @@ EXACT = {"recipe": {}, "inner": "eager"}
 @pytest.fixture(autouse=True)
 def _fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
 
@@ -93,6 +99,180 @@ def test_weights_that_change_are_quantised_again() -> None:
         expected = dwindle.compress(model, inputs=inputs)(**inputs)
     assert not torch.equal(before, after)
     assert torch.equal(after, expected)
+
+
+class _Block(nn.Module):
+    """Something of each kind that a graph is called with: weights, a bias, a table, statistics, a buffer."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.table, self.linear, self.norm = nn.Embedding(9, 16), nn.Linear(16, 16), nn.BatchNorm1d(16)
+        self.conv1d = Conv1D(24, 16)
+        self.register_buffer("shift", torch.zeros(24))
+        self.eval()
+        _rewrite(self, seed)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.conv1d(self.norm(self.linear(self.table(ids)))) + self.shift
+        return y
+
+
+def _rewrite(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.is_floating_point():
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) - (0.5 if tensor.dim() > 1 else -0.1))
+
+
+IDS = torch.arange(8)
+LINEARS = {"quantize": [{"operators": ["linear"]}]}
+"""Weights alone are quantised: the table, bias, statistics and buffer are the ones of each call in floating point."""
+
+
+def _count_packed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    packed: list[tuple[int, ...]] = []
+    quantize = QTensor.quantize
+
+    def counting(weight: torch.Tensor, *args: Any, **kwargs: Any) -> QTensor:
+        packed.append(tuple(weight.shape))
+        return quantize(weight, *args, **kwargs)
+
+    monkeypatch.setattr(QTensor, "quantize", counting)
+    return packed
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("recipe", ["zeroquant-w8a8", LINEARS], ids=["all", "linears"])
+def test_blocks_that_share_a_graph_have_their_own_weights(inner: str, recipe: Any) -> None:
+    blocks = [_Block(seed) for seed in range(3)]
+    compiled = [_compiled(block, inner=inner, recipe=recipe) for block in blocks]
+    with torch.no_grad():
+        for _ in range(2):
+            for block, call in zip(blocks, compiled, strict=True):
+                assert error(block(IDS), call(IDS)) < 2e-2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_blocks_in_turn_are_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = [_Block(seed) for seed in range(12)]
+    compiled = [_compiled(block, inner="eager", recipe=LINEARS) for block in blocks]
+    packed = _count_packed(monkeypatch)
+    with torch.no_grad():
+        for call in compiled * 3:
+            call(IDS)
+    assert len(packed) == 2 * len(blocks)
+
+
+def test_packed_weights_die_with_their_parameters() -> None:
+    parameters = [nn.Parameter(torch.randn(4, 8)) for _ in range(3)]
+    weights = PackedWeights([(parameters[0], QTensor.quantize(parameters[0], Scheme()))])
+    held = weakref.ref(weights([parameters[1]])[0])
+    weights([parameters[2]])
+    assert held() is not None
+    del parameters[1]
+    assert held() is None
+
+
+def _replaced(parameter: nn.Parameter, block: _Block) -> None:
+    block.linear.weight = nn.Parameter(parameter.flip(0) * 2)
+
+
+def _redirected(parameter: nn.Parameter, block: _Block) -> None:
+    parameter.data = parameter.flip(0) * 2
+
+
+def _written(parameter: nn.Parameter, block: _Block) -> None:
+    parameter.copy_(parameter.flip(0) * 2)
+
+
+def _written_as_data(parameter: nn.Parameter, block: _Block) -> None:
+    parameter.data.copy_(parameter.flip(0) * 2)
+
+
+def _added_as_data(parameter: nn.Parameter, block: _Block) -> None:
+    parameter.data += parameter.flip(0) * 2
+
+
+def _everything(parameter: nn.Parameter, block: _Block) -> None:
+    _rewrite(block, 7)
+
+
+def _loaded(parameter: nn.Parameter, block: _Block) -> None:
+    block.load_state_dict(_Block(7).state_dict())
+
+
+WRITES = (_replaced, _redirected, _written, _written_as_data, _added_as_data, _everything, _loaded)
+
+
+@pytest.mark.parametrize("write", WRITES, ids=lambda write: write.__name__.strip("_"))
+def test_every_way_to_write_a_weight_is_seen(
+    write: Callable[[nn.Parameter, _Block], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = _Block(0)
+    compiled = _compiled(block, inner="eager", recipe=LINEARS)
+    with torch.no_grad():
+        compiled(IDS)
+        write(block.linear.weight, block)
+        assert error(block(IDS), compiled(IDS)) < 2e-2
+        packed = _count_packed(monkeypatch)
+        compiled(IDS)
+        assert not packed
+
+
+def test_a_write_to_a_few_values_of_data_is_seen_after_a_reset() -> None:
+    block = _Block(0)
+    compiled = _compiled(block, inner="eager", recipe=LINEARS)
+    with torch.no_grad():
+        compiled(IDS)
+        block.linear.weight.data[0] *= 50
+        torch.compiler.reset()
+        assert error(block(IDS), compiled(IDS)) < 2e-2
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (16, 24)], ids=["square", "oblong"])
+def test_transposed_weights_are_packed_again_transposed(shape: tuple[int, int]) -> None:
+    layer, x = Conv1D(shape[1], shape[0]).eval(), torch.randn(5, shape[0])
+    compiled = _compiled(layer, inner="eager")
+    with torch.no_grad():
+        for _ in range(2):
+            layer.weight.copy_(torch.randn(shape))
+            assert error(layer(x), compiled(x)) < 2e-2
+
+
+@pytest.mark.parametrize("channels", [3, 16], ids=["stored only", "integer"])
+def test_filters_are_packed_again_as_filters(channels: int) -> None:
+    layer, x = nn.Conv2d(channels, 8, 3).eval(), torch.randn(2, channels, 8, 8)
+    compiled = _compiled(layer, inner="eager", recipe={"quantize": [{"operators": ["conv2d"]}]})
+    with torch.no_grad():
+        for _ in range(2):
+            layer.weight.copy_(torch.randn(layer.weight.shape))
+            assert error(layer(x), compiled(x)) < 2e-2
+
+
+@pytest.mark.parametrize("name", ["gpt2", "tied_lm"])
+def test_a_state_that_is_loaded_is_packed_again(name: str) -> None:
+    model, inputs = ZOO[name]()
+    compiled = _compiled(model, inner="eager")
+    with torch.no_grad():
+        compiled(**inputs)
+        model.load_state_dict({k: v * 1.5 if v.is_floating_point() else v for k, v in model.state_dict().items()})
+        found = _first(compiled(**inputs))
+        torch._dynamo.reset()
+        expected = _first(_compiled(model, inner="eager")(**inputs))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+def test_statistics_are_written_to_the_module_of_the_call(inner: str, grad: bool) -> None:
+    blocks, plain = [_Block(seed).train() for seed in range(2)], [_Block(seed).train() for seed in range(2)]
+    compiled = [_compiled(block, inner=inner, recipe=LINEARS) for block in blocks]
+    with torch.set_grad_enabled(grad):
+        for call, block, other in zip(compiled, blocks, plain, strict=True):
+            assert error(other(IDS).detach(), call(IDS).detach()) < 2e-2
+            assert int(block.norm.num_batches_tracked) == int(other.norm.num_batches_tracked)
+            assert error(other.norm.running_mean, block.norm.running_mean) < 2e-2
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -77,6 +78,16 @@ def test_refresh_writes_into_the_same_buffers(scheme: Scheme) -> None:
         assert buffer is before[name][0]
         assert buffer.data_ptr() == before[name][1]
     assert torch.equal(q.dequantize(), QTensor.quantize(fresh, scheme).dequantize())
+
+
+@pytest.mark.parametrize(("shape", "dims"), [((8, 8), (1, 0)), ((8, 3), (1, 0)), ((4, 3, 2, 5), (0, 2, 3, 1))])
+def test_refresh_keeps_the_order_of_dimensions(shape: tuple[int, ...], dims: tuple[int, ...]) -> None:
+    q = QTensor.quantize(weight(*shape), Scheme(), dims=dims)
+    fresh = weight(*shape, seed=1)
+    q.refresh(fresh)
+    assert torch.equal(q.dequantize(), QTensor.quantize(fresh.permute(dims), Scheme()).dequantize())
+    with pytest.raises(SchemeError, match=re.escape(f"required: {shape}")):
+        q.refresh(weight(*shape, 1))
 
 
 def test_refresh_refuses_another_shape() -> None:
