@@ -18,6 +18,7 @@ def _x(*shape: int) -> Tensor:
 @pytest.mark.parametrize(
     ("layer", "shape"),
     [
+        (nn.Conv2d(16, 8, 3, padding="same"), (2, 16, 8, 8)),
         (nn.Conv2d(16, 8, 3, padding=1, padding_mode="circular"), (2, 16, 8, 8)),
         (nn.Conv2d(32, 8, 3, padding=2, dilation=2, stride=2, groups=2), (2, 32, 9, 9)),
         (nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), (2, 5, 16)),
@@ -34,7 +35,7 @@ def test_layers_stay_close(layer: nn.Module, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("layer", "shape"),
     [
-        (nn.Conv2d(16, 8, 3, padding="same"), (2, 16, 8, 8)),
+        (nn.Conv2d(16, 8, 4, padding="same"), (2, 16, 8, 8)),
         (nn.Conv1d(16, 8, 3), (2, 16, 9)),
         (nn.ConvTranspose2d(16, 8, 3), (2, 16, 9, 9)),
         (nn.GRU(16, 8, batch_first=True), (2, 5, 16)),
