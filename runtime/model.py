@@ -116,10 +116,10 @@ class GraphModel(nn.Module):
         structure, tensors = bind_call(self.signature, args, kwargs)
         program = self.program(self.training, structure, lambda: self.signature.bind(args, kwargs))
         program.contract.check(tensors)
-        return rebuild(program.contract.output, self._run(program, tensors))
+        return rebuild(program.contract.output, self._run(program, program.contract.laid(tensors)))
 
     def _run(self, program: Program, tensors: Sequence[Tensor]) -> Any:
-        return program.module(*program.contract.laid(tensors))
+        return program.module(*tensors)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
     def _capture(self, training: bool, structure: Structure, arguments: Mapping[str, Any]) -> Program:
