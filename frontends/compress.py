@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..passes.certify import certify, lowering_error, rounding, tensor_sizes
 from ..passes.driver import Driver
-from ..passes.pipeline import FINISH, PREPARE, Job, run_stages
+from ..passes.pipeline import FINISH, PREPARE, SETTLE, Job, run_stages
 from ..passes.verify import Difference, difference
 from ..runtime.certificate import require_lowered
 from ..runtime.compressed import Compressed
@@ -140,7 +140,7 @@ def _require_finite(outputs: Sequence[Tensor]) -> None:
 
 def lowered(driver: Driver, job: Job) -> Program:
     """Make real what a prepared program simulates."""
-    return run_stages(driver, FINISH, job)
+    return run_stages(driver, (*SETTLE, *FINISH), job)
 
 
 def replayed(driver: Driver, tensors: Sequence[Tensor] | None, job: Job) -> Program:
@@ -154,8 +154,8 @@ def replayed(driver: Driver, tensors: Sequence[Tensor] | None, job: Job) -> Prog
 
 def finish(driver: Driver, tensors: Sequence[Tensor], job: Job) -> tuple[Program, float, Difference]:
     """Lower a prepared program: (program, error of lowering, error against the captured program)."""
-    simulated = driver.program
-    program = lowered(driver, job)
+    simulated = run_stages(driver, SETTLE, job)
+    program = run_stages(driver, FINISH, job)
     return program, lowering_error(program, simulated, tensors), difference(driver.captured, driver.outputs)
 
 

@@ -11,122 +11,41 @@ import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ValidationError
 
 from ..passes.quantize.decide import QuantizeRule
-from ..passes.quantize.observers import Method, Observer
 from ..runtime.errors import MissingDependencyError, RecipeError, SchemeError
-from ..runtime.scheme import Granularity, Kind, Scheme
+from .deepspeed.translate import translate
+from .settings import (
+    SCHEDULES,
+    ActivationSettings,
+    AdaptiveSettings,
+    Calibration,
+    QuantizeEntry,
+    ScheduleSettings,
+    SensitivitySettings,
+    Strict,
+    WeightSettings,
+)
 
-DEEPSPEED = "compression_training"  # the key of a DeepSpeed configuration that says how to compress
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class WeightSettings(_Strict):
-    """How weights are stored: per output channel, or per `group_size` neighbours in a row."""
-
-    bits: int = 8
-    kind: Kind = "symmetric"
-    granularity: Granularity | None = None
-    group_size: int | None = None
-
-    def scheme(self) -> Scheme:
-        """As the runtime's value. Raises SchemeError on a contradiction."""
-        granularity = self.granularity or ("group" if self.group_size else "channel")
-        if self.bits > 8 or granularity == "token":
-            raise SchemeError(
-                "weights",
-                required="at most 8 bits, one scale per tensor, channel or group",
-                found=f"{self.bits} bits per {granularity}",
-            )
-        return Scheme(
-            bits=self.bits,
-            kind=self.kind,
-            granularity=granularity,
-            group_size=self.group_size,
-        )
+# The keys of a DeepSpeed configuration that say how to compress.
+DEEPSPEED = ("compression_training", "quantize_training")
 
 
-class ActivationSettings(_Strict):
-    """How activations are quantised: "dynamic" per token on each call, or "static" per tensor from data."""
+class Recipe(Strict):
+    """Everything that is to be done to a model. An empty recipe changes nothing.
 
-    bits: int = 8
-    kind: Kind = "symmetric"
-    range: Literal["dynamic", "static"] = "dynamic"
-    granularity: Granularity | None = None
-
-    def scheme(self) -> Scheme:
-        """As the runtime's value. Raises SchemeError on a contradiction."""
-        granularity = self.granularity or ("token" if self.range == "dynamic" else "tensor")
-        if self.range == "static" and granularity != "tensor":
-            raise SchemeError(
-                "a static activation has one scale", required="granularity 'tensor'", found=repr(granularity)
-            )
-        if self.bits != 8 or self.kind not in ("symmetric", "asymmetric"):
-            raise SchemeError(
-                "activations", required="8 bits, symmetric or asymmetric", found=f"{self.bits} {self.kind}"
-            )
-        if self.range == "dynamic" and self.kind != "symmetric":
-            raise SchemeError(
-                "a dynamic activation is symmetric",
-                required="kind 'symmetric', or range 'static'",
-                found=repr(self.kind),
-            )
-        return Scheme(bits=self.bits, kind=self.kind, granularity=granularity)
-
-
-class QuantizeEntry(_Strict):
-    """One rule. Later rules override earlier ones; a weight of null leaves the modules in floating point."""
-
-    modules: tuple[str, ...] = Field(default=("*",), min_length=1)
-    operators: tuple[Literal["linear", "embedding", "conv2d"], ...] = Field(default=("linear",), min_length=1)
-    weight: WeightSettings | None = WeightSettings()
-    activation: ActivationSettings | None = None
-
-    @field_validator("modules", "operators", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        self.rule()
-        return self
-
-    def rule(self) -> QuantizeRule:
-        """As the pass takes it."""
-        return QuantizeRule(
-            modules=self.modules,
-            operators=self.operators,
-            weight=None if self.weight is None else self.weight.scheme(),
-            activation=None if self.activation is None else self.activation.scheme(),
-            static=self.activation is not None and self.activation.range == "static",
-        )
-
-
-class Calibration(_Strict):
-    """How the ranges of static activations are taken from data."""
-
-    method: Method = "mse"
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    percentile: float = Field(default=99.99, gt=50, le=100)
-
-    def observer(self) -> Observer:
-        """A fresh accumulator."""
-        return Observer(method=self.method, momentum=self.momentum, percentile=self.percentile)
-
-
-class Recipe(_Strict):
-    """Everything that is to be done to a model. An empty recipe changes nothing."""
+    schedule, sensitivity: of training, for all entries without a schedule of their own; seed: of stochastic rounding
+    """
 
     name: str = ""
     quantize: tuple[QuantizeEntry, ...] = ()
     calibration: Calibration = Calibration()
+    schedule: ScheduleSettings | None = None
+    sensitivity: SensitivitySettings | None = None
+    seed: int = 0
 
     @staticmethod
     def of(source: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
@@ -159,7 +78,14 @@ class Recipe(_Strict):
 
     def rules(self) -> tuple[QuantizeRule, ...]:
         """The quantisation rules as the pass takes them."""
-        return tuple(entry.rule() for entry in self.quantize)
+        return tuple(entry.rule(self.schedule) for entry in self.quantize)
+
+    def adaptive(self) -> AdaptiveSettings | None:
+        """The adaptive schedule, of which a recipe has at most one."""
+        found = [s for s in (self.schedule, *(e.schedule for e in self.quantize)) if isinstance(s, AdaptiveSettings)]
+        if len(set(found)) > 1:
+            raise RecipeError("a recipe has one budget", required="one adaptive schedule", found=len(set(found)))
+        return found[0] if found else None
 
     def plain(self) -> dict[str, Any]:
         """As plain data, defaults left out: what an artifact keeps and `of` reads."""
@@ -190,8 +116,8 @@ def _read(path: Path) -> Any:
 
 
 def _validated(data: Any) -> Recipe:
-    if isinstance(data, Mapping) and DEEPSPEED in data:
-        raise _of_deepspeed(data[DEEPSPEED])
+    if isinstance(data, Mapping) and any(key in data for key in DEEPSPEED):
+        data = translate(data)
     try:
         return Recipe.model_validate(data)
     except SchemeError as error:
@@ -210,31 +136,6 @@ def _validated(data: Any) -> Recipe:
         ) from error
 
 
-def _of_deepspeed(settings: Any) -> RecipeError:
-    """For a DeepSpeed file: the presets that quantise what it would, weights alone or activations too."""
-    sections = [str(name) for name, section in settings.items() if _is_on(section)] if _is_map(settings) else []
-    wanted = {"activation_quantization" in sections}
-    if not {"activation_quantization", "weight_quantization"} & {*sections}:
-        wanted = {True, False}
-    near = [p.name for p in PRESETS if any(rule.activation is not None for rule in p.rules()) in wanted]
-    return RecipeError(
-        "DeepSpeed compression JSON is not read yet",
-        required="a preset's name, or a recipe with the key 'quantize'",
-        found=f"{DEEPSPEED} with {', '.join(sections) or 'nothing enabled'}",
-        cure=f"the presets that come nearest: {', '.join(near)}",
-    )
-
-
-def _is_map(value: Any) -> bool:
-    return isinstance(value, Mapping)
-
-
-def _is_on(section: Any) -> bool:
-    """Whether a DeepSpeed section asks for anything; files name all sections and enable a few."""
-    shared = section.get("shared_parameters", section) if _is_map(section) else {}
-    return bool(_is_map(shared) and shared.get("enabled"))
-
-
 def _fields_at(path: tuple[int | str, ...]) -> list[str]:
     """The keys allowed at a place in a recipe."""
     inside: dict[str, type[BaseModel]] = {
@@ -242,6 +143,8 @@ def _fields_at(path: tuple[int | str, ...]) -> list[str]:
         "weight": WeightSettings,
         "activation": ActivationSettings,
         "calibration": Calibration,
+        "sensitivity": SensitivitySettings,
+        **SCHEDULES,
     }
     names = [part for part in path if part in inside]
     return list((inside[names[-1]] if names else Recipe).model_fields)

@@ -1,21 +1,26 @@
 """prepare: a model that trains with its quantisation simulated, and becomes a finished one.
 
 The student owns clones of the model's tensors under their own names. Its train and eval variants are two graphs
-on one store; each computes exactly what the Plan will make of it, with straight-through gradients.
+on one store; each computes exactly what the Plan will make of it, with straight-through gradients. What schedules
+change lies in buffers, so no step traces anything anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..passes.certify import certify, tensor_sizes
 from ..passes.driver import Driver
 from ..passes.pipeline import Job
+from ..passes.quantize.course import Course, Drop
 from ..runtime.compressed import Compressed
 from ..runtime.contract import Signature
+from ..runtime.errors import ScheduleError
 from ..runtime.model import GraphModel
 from ..runtime.plan import Plan
 from ..runtime.program import Program
@@ -34,28 +39,138 @@ from .compress import (
     require_original,
     verification_inputs,
 )
+from .forecast import Forecast, forecast
 from .inputs import as_arguments
 from .measure import measure
+from .pacing import Closure, Pacer
 from .recipe import Recipe
+
+STATE = 1  # version of what a state_dict holds besides tensors
 
 
 class Student(GraphModel):
-    """A model in training: call it as the original; `finish()` gives the Compressed it has become."""
+    """A model in training: call it as the original; `finish()` gives the Compressed it has become.
+
+    After each optimizer step call `step()`, or once `follow(optimizer)`. `state_dict()` holds the schedules too.
+    """
 
     recipe: Recipe
     example: Mapping[str, Any]
+    pacer: Pacer
+    _following: bool = False
+    _last: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    _loss: Tensor | None = None
+
+    @property
+    def course(self) -> Course:
+        """Where every weight is on its schedule."""
+        return self.pacer.course
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = super()._call(args, kwargs)
+        if self.training and not torch.compiler.is_compiling():
+            self._last, loss = (args, kwargs), getattr(output, "loss", None)
+            self._loss = loss.detach() if isinstance(loss, Tensor) else None
+        return output
+
+    def step(self, loss: Tensor | float | None = None, *, closure: Closure | None = None) -> list[Drop]:
+        """An optimizer step is done: schedules advance. Returns what changed its bits.
+
+        loss: of the batch just trained on, for adaptive schedules; closure: computes it, for curvature. Neither is
+        needed where the model's output has a loss.
+        Raises ScheduleError where the student follows an optimizer, which calls this itself, or where a schedule
+        needs a loss and has none.
+        """
+        if self._following:
+            raise ScheduleError(
+                "the student follows an optimizer, so its steps are counted already",
+                required="follow(optimizer) or step(), not both",
+                found="step()",
+            )
+        return self._advance(loss, closure)
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+        """Count the steps that `optimizer` really takes: not those that a GradScaler skips. Returns how to stop."""
+
+        def count(*_: Any) -> None:
+            self._advance()
+
+        handle = optimizer.register_step_post_hook(count)
+        self._following = True
+
+        def stop() -> None:
+            handle.remove()
+            self._following = False
+
+        return stop
+
+    def _advance(self, loss: Tensor | float | None = None, closure: Closure | None = None) -> list[Drop]:
+        again = self._again if self._loss is not None else None
+        drops = self.pacer.advance(self._loss if loss is None else loss, closure or again)
+        self._last = self._loss = None
+        return drops
+
+    def _again(self) -> Tensor:
+        """The loss of the last batch once more."""
+        assert self._last is not None
+        args, kwargs = self._last
+        loss: Tensor = super()._call(args, kwargs).loss
+        return loss
+
+    def forecast(self, total_steps: int) -> Forecast:
+        """At which step each weight gets which bits, and what is not over after `total_steps`."""
+        return forecast(self.course, total_steps)
+
+    def get_extra_state(self) -> Tensor:
+        """Schedules as JSON in a uint8 tensor, which every format of checkpoints takes."""
+        state = {"version": STATE, **self.pacer.to_json()}
+        return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8).clone()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Inverse of `get_extra_state`. Raises ScheduleError for a state of another model, recipe or version."""
+        try:
+            data = json.loads(bytes(state.cpu().tolist()).decode())
+            version = data["version"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ScheduleError("the saved schedule cannot be read", found=error) from error
+        if version != STATE:
+            raise ScheduleError(
+                "the saved schedule is of another version of dwindle",
+                required=f"version {STATE}",
+                found=version,
+                cure="finish the run with the version that began it",
+            )
+        self.pacer.load_json(data)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's, with the schedule beside it where there is one."""
+        state = super().state_dict(*args, **kwargs)
+        if not self.pacer.remembers:
+            state.pop(f"{kwargs.get('prefix', '')}_extra_state", None)
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if not self.pacer.remembers:  # then a state of the model is all there is
+            state_dict.setdefault(f"{prefix}_extra_state", self.get_extra_state())
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @own_random_state()
-    def finish(self) -> Compressed:
+    def finish(self, *, early: bool = False) -> Compressed:
         """Pack the weights as they are now. The student is unchanged and shares no memory with the result.
 
-        Raises CertificateError when the finished model is not what was trained.
+        early: although schedules are not over; weights above eight bits then stay in floating point.
+        Raises ScheduleError where they are not and `early` was not asked for; CertificateError when the finished
+        model is not what was trained.
         """
-        simulated = next(p for p in self.variants.values() if not p.contract.training).copy()
+        if not early:
+            self._require_settled()
+        plan = self.course.plan()
+        simulated = self._eval_variant()
         tensors = verification_inputs(simulated, self.signature, self.example)
-        job = Job(plan=self.plan, target=Store(), trains=True)
+        job = Job(plan=plan, target=Store(), trains=True)
         program, lowering, output = finish(Driver(simulated.copy(), tensors), tensors, job)
-        certificate = certify(program, simulated, tensors, tensor_sizes(simulated), lowering, output)
+        reference = job.reference or simulated
+        certificate = certify(program, reference, tensors, tensor_sizes(simulated), lowering, output)
         certificate.check()
         job.target.freeze(clone=True)
         job.target.alias_as(self.store)
@@ -64,14 +179,14 @@ class Student(GraphModel):
         assert regrow is not None  # a student is always made with its model at hand
 
         def grow(training: bool, call: Mapping[str, Any]) -> Program:
-            again = Job(plan=self.plan, target=job.target, trains=True)
+            again = Job(plan=plan, target=job.target, trains=True)
             fresh = regrow(training, call)
             inputs = None if training else verification_inputs(fresh, self.signature, call)
             return replayed(Driver(fresh, inputs), inputs, again)
 
         compressed = Compressed.called(f"{type(self).__name__.removesuffix('Student')}Compressed", self.signature)(
             job.target,
-            self.plan,
+            plan,
             self.signature,
             recipe=self.recipe.plain(),
             certificate=certificate,
@@ -83,6 +198,21 @@ class Student(GraphModel):
         compressed.add(program)
         return compressed
 
+    def _eval_variant(self) -> Program:
+        return next(p for p in self.variants.values() if not p.contract.training)
+
+    def _require_settled(self) -> None:
+        left = self.course.unsettled()
+        if left:
+            raise ScheduleError(
+                f"{len(left)} of {len(self.course.weights)} weights are not at the end of their schedule",
+                required="every weight at its target",
+                found=f"{self.course.average_bits():.2f} bits on average after {self.course.step} steps: "
+                + ", ".join(left[:3])
+                + (" ..." if len(left) > 3 else ""),
+                cure="train on, shorten the schedule, or finish(early=True) with the bits as they are",
+            )
+
 
 @own_random_state()
 def prepare(
@@ -91,12 +221,15 @@ def prepare(
     *,
     inputs: Any = None,
     data: Iterable[Any] | None = None,
+    total_steps: int | None = None,
     dynamic_shapes: DynamicShapes | None = None,
 ) -> Student:
     """A trainable copy of `model` with the recipe's quantisation simulated; arguments as for `compress`.
 
+    total_steps: optimizer steps that are planned; a schedule that does not end within them is refused.
     The student is in the model's mode. Parameters and buffers are clones with the model's names and
-    requires_grad; an empty recipe trains exactly as the model does.
+    requires_grad; an empty recipe trains exactly as the model does. Static ranges are observed in training, from
+    those that `data` gives on.
     """
     recipe = Recipe.of(recipe)
     require_original(model)
@@ -105,17 +238,24 @@ def prepare(
     store = Store.of(model, clone=True)
     first = capture(model, arguments, store, dynamic_shapes=dynamic_shapes)
     tensors = verification_inputs(first, signature, arguments)
-    batches = calibration_batches(first, signature, recipe, data)
-    job = Job(rules=recipe.rules(), target=store, batches=batches, observer=recipe.calibration.observer, trains=True)
+    momentum = recipe.calibration.momentum
+    job = Job(rules=recipe.rules(), target=store, trains=True, seed=recipe.seed, momentum=momentum)
+    if data is not None:
+        job.batches, job.observer = calibration_batches(first, signature, recipe, data), recipe.calibration.observer
     program = prepared(first, tensors, job).program
     require_effect(job, first)
     plan = job.plan or Plan()
+    course = job.course or Course(store, plan, {}, recipe.seed)
 
     def grow(training: bool, call: Mapping[str, Any]) -> Program:
         fresh = capture(model, call, store, training=training, dynamic_shapes=dynamic_shapes)
-        return prepared(fresh, None, Job(plan=plan, target=store, trains=True)).program
+        again = Job(plan=plan, target=store, trains=True, course=course, momentum=momentum)
+        return prepared(fresh, None, again).program
 
     student = Student.named(model, "Student")(store, plan, signature, grow=grow, attributes=forwarded(model))
     student.recipe, student.example = recipe, arguments
+    student.pacer = Pacer(course, recipe.sensitivity, recipe.adaptive())
     student.add(program)
+    if total_steps is not None:
+        student.forecast(total_steps).require_end()
     return student.train(model.training)

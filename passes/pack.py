@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from ..runtime import compat
+from ..runtime.numerics import Params
 from ..runtime.ops.dequantize import DEQUANTIZE
 from ..runtime.ops.quantize import FAKE_QUANTIZE
 from ..runtime.plan import Quantize
@@ -72,12 +73,15 @@ def _packed(program: Program, node: fx.Node, fqn: str, edit: Quantize, packed: P
     weight, form = program.store.get(fqn), program.store.forms.get(fqn, PLAIN)
     assert isinstance(weight, Tensor)
     # Filters lie as (O, kh, kw, C), see runtime.ops.qconv2d; groups run along (C, kh, kw), so those stay as they are.
-    for_conv = edit.weight.group_size is None and any(u.target is aten.conv2d.default for u in node.users)
+    for_conv = edit.weight.granularity != "group" and any(u.target is aten.conv2d.default for u in node.users)
     dims = TRANSPOSED if transposed else FILTERS if for_conv else tuple(range(weight.dim()))
     target = packed.store
     name = _free_name(target, fqn, form, dims)
     if target.get(name) is None:
-        qtensor = QTensor.quantize(weight.detach(), edit.weight, dims=dims)
+        stored = program.tensor_of(node.args[1])
+        scale = None if stored is None else program.store.get(stored)
+        params = Params(scale) if isinstance(scale, Tensor) else None
+        qtensor = QTensor.quantize(weight.detach(), edit.weight.nearest, params, dims=dims)
         target.put(name, qtensor)
         target.forms[name] = form
         before, after = weight.numel() * weight.element_size(), qtensor.nbytes
@@ -106,7 +110,7 @@ def _read_packed(graph: fx.Graph, like: fx.Node, target: Store, name: str, *, as
         else None
         for part, tensor in (("codes", qtensor.codes), ("scale", qtensor.scale), ("zero_point", qtensor.zero_point))
     ]
-    args = (*reads, list(qtensor.shape), qtensor.scheme.spell(), value_of(like).dtype)
+    args = (*reads, list(qtensor.shape), qtensor.scheme.stored.spell(), value_of(like).dtype)
     read = graph.call_function(DEQUANTIZE.overload, args)
     read.meta = dict(like.meta)
     if not as_stored and qtensor.dims != tuple(sorted(qtensor.dims)):

@@ -7,7 +7,7 @@ the first and, when it is done, the second; post-training compression runs both 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -20,8 +20,10 @@ from .driver import Driver, Pass
 from .fold import fold_batch_norm, fold_constants
 from .lower import lower
 from .quantize.calibrate import calibrate
-from .quantize.decide import QuantizeRule, decide
+from .quantize.course import Course
+from .quantize.decide import Pace, QuantizeRule, decide
 from .quantize.insert import insert
+from .quantize.live import Live, floating, place_ranges
 from .quantize.observers import MakeObserver, Observer
 from .rewrite import apply_rules
 
@@ -32,17 +34,24 @@ class Job:
 
     plan: None until decided; given when a Plan is replayed on another variant
     target: the store of the finished model, which also keeps calibrated ranges between variants
-    batches: flat inputs for calibration, asked for only where something is static
+    batches: flat inputs for calibration, asked for only where something is static; training may go without
     trains: the program's store is trained, so no weight in it may be rewritten
+    paces: the schedules of each edit, by parameter, where training was asked for
+    course: where they are, made before the first fake-quantise node; seed: of stochastic rounding
+    momentum: of ranges that training observes
     reference: the program in floating point as it was when quantisation was inserted, to compare layers with
     """
 
     rules: Sequence[QuantizeRule] = ()
     plan: Plan | None = None
     target: Store = field(default_factory=Store)
-    batches: Callable[[], Iterable[Sequence[Tensor]]] = tuple
+    batches: Callable[[], Iterable[Sequence[Tensor]]] | None = None
     observer: MakeObserver = Observer
     trains: bool = False
+    paces: dict[str, Pace] = field(default_factory=dict)
+    course: Course | None = None
+    seed: int = 0
+    momentum: float = 0.9
     reference: Program | None = None
 
     def wants(self, operator: str) -> bool:
@@ -77,15 +86,23 @@ def _linearize(program: Program, job: Job) -> Program:
 
 def _decide(program: Program, job: Job) -> Program:
     if job.plan is None:
-        job.plan = Plan(decide(program, job.rules))
+        decided = decide(program, job.rules)
+        job.paces = {edit.fqn: pace for edit, pace in decided.items()}
+        # Without training nothing is learned.
+        job.plan = Plan(tuple(replace(edit, learned=edit.learned and job.trains) for edit in decided))
     return program
 
 
 def _calibrate(program: Program, job: Job) -> Program:
     """Ranges are calibrated once; later variants read them from the finished store."""
     edits = [e for e in job.plan or () if e.static]
+    if job.trains:
+        assert job.batches is not None
+        place_ranges(program, edits, job.batches(), job.observer)
+        return program
     missing = [e for e in edits if job.target.get(input_scale_name(e.fqn)) is None]
     if missing:
+        assert job.batches is not None
         calibrate(program, missing, job.batches(), job.observer)
     for edit in edits:
         for name in (input_scale_name(edit.fqn), input_zero_name(edit.fqn)):
@@ -98,8 +115,20 @@ def _calibrate(program: Program, job: Job) -> Program:
 
 
 def _insert(program: Program, job: Job) -> Program:
+    plan = job.plan or Plan()
     job.reference = program.copy()
-    return insert(program, job.plan or Plan())
+    if not job.trains:
+        return insert(program, plan)
+    if job.course is None:
+        job.course = Course(program.store, plan, job.paces, job.seed)
+    return insert(program, plan, Live(job.momentum))
+
+
+def _settle(program: Program, job: Job) -> Program:
+    plan = job.plan or Plan()
+    plain = floating(program, plan)
+    job.reference = plain.copy()
+    return insert(plain, plan)
 
 
 def _lower(program: Program, job: Job) -> Program:
@@ -120,16 +149,24 @@ PREPARE: tuple[Stage, ...] = (
         limit=1e-3,
     ),
     Stage(name="decide", run=_decide, exact=True),
-    Stage(name="calibrate", run=_calibrate, exact=True),
+    Stage(
+        name="calibrate",
+        run=_calibrate,
+        needed=lambda program, job: not job.trains or job.batches is not None,
+        exact=True,
+    ),
     Stage(name="insert", run=_insert, needed=lambda program, job: bool(job.plan)),
 )
 
-FINISH: tuple[Stage, ...] = (
+# After training: the plan as it is now in place of what schedules moved.
+SETTLE: tuple[Stage, ...] = (
+    Stage(name="settle", run=_settle, needed=lambda program, job: job.trains),
     Stage(name="fold_trained_constants", run=_fold_constants, needed=lambda program, job: job.trains, exact=True),
-    Stage(name="lower", run=_lower),
 )
 
-PIPELINE: tuple[Stage, ...] = (*PREPARE, *FINISH)
+FINISH: tuple[Stage, ...] = (Stage(name="lower", run=_lower),)
+
+PIPELINE: tuple[Stage, ...] = (*PREPARE, *SETTLE, *FINISH)
 
 
 def run_stages(driver: Driver, stages: Sequence[Stage], job: Job) -> Program:

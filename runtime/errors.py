@@ -70,3 +70,7 @@ class MissingDependencyError(DwindleError, ImportError):
             found="not installed",
             cure=f"pip install 'dwindle[{extra}]'",
         )
+
+
+class ScheduleError(DwindleError):
+    """A training schedule that contradicts itself, does not end within the run, or belongs to another model."""

@@ -56,8 +56,9 @@ def layout_of(scheme: Scheme) -> Layout:
 def block_of(columns: int, scheme: Scheme) -> int:
     """Elements that are interleaved together: the group, or the row rounded up to whole bytes."""
     per = 8 // layout_of(scheme).bits
-    if scheme.group_size is not None and scheme.group_size % per == 0:
-        return scheme.group_size
+    size = scheme.group_size if scheme.granularity == "group" else None
+    if size is not None and size % per == 0:
+        return size
     return -(-columns // per) * per
 
 

@@ -54,10 +54,12 @@ class QuantizedLinear(nn.Module):
         if not wants_gradient(x):
             return self._product(x)
         w, ranges = self.weight, (self.input_scale, self.input_zero_point)
-        return through_linear(x, self._product(x.detach()), *ranges, w.codes, w.scale, w.zero_point, w.scheme.spell())
+        return through_linear(
+            x, self._product(x.detach()), *ranges, w.codes, w.scale, w.zero_point, w.scheme.stored.spell()
+        )
 
     def _product(self, x: Tensor) -> Tensor:
-        w, scheme = self.weight, self.weight.scheme.spell()
+        w, scheme = self.weight, self.weight.scheme.stored.spell()
         if self.activation is None:
             args = (x, w.codes, w.scale, w.zero_point, self.bias, scheme)
             y: Tensor = QLINEAR_WEIGHT_ONLY.overload(*args)
@@ -84,7 +86,7 @@ class QuantizedEmbedding(nn.Module):
     def forward(self, indices: Tensor) -> Tensor:
         """(...) integer -> (..., K)."""
         w = self.weight
-        args = (indices, w.codes, w.scale, w.zero_point, self.embedding_dim, w.scheme.spell(), self.dtype)
+        args = (indices, w.codes, w.scale, w.zero_point, self.embedding_dim, w.scheme.stored.spell(), self.dtype)
         y: Tensor = QEMBEDDING.overload(*args)
         return y
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from .errors import SchemeError
 from .scheme import Scheme
 
-_SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 _TERNARY_THRESHOLD = 0.7
 
 # Elements that work without a gradient takes at a time: fp32 temporaries of 1 MiB stay in the L2 cache and are
@@ -52,24 +52,23 @@ class Params(NamedTuple):
 
 
 def scale_shape(shape: torch.Size | tuple[int, ...], scheme: Scheme) -> tuple[int, ...]:
-    """Shape of the scales of a tensor: () tensor, (N,) channel, (..., 1) token, (..., K / G) group."""
+    """Shape of the scales: () tensor, (N,) channel or rows, (B, 1, ...) image, (..., 1) token, (..., K / G) group."""
     match scheme.granularity:
         case "tensor":
             return ()
         case "channel":
             return (shape[0],)
+        case "rows":
+            _require_divides(shape[0], scheme.group_size or 1, "channels")
+            return (shape[0],)
+        case "image":
+            return (shape[0], *(1 for _ in shape[1:]))
         case "token":
             return (*shape[:-1], 1)
         case "group":
             size = scheme.group_size or 1
             *lead, row = _rows(shape)
-            if row % size:
-                raise SchemeError(
-                    f"a row of {row} does not divide into groups of {size}",
-                    required=f"group_size that divides {row}",
-                    found=size,
-                    cure=f"group_size={_nearest_divisor(row, size)}, or exclude this layer in the recipe",
-                )
+            _require_divides(row, size, "a row of")
             return (*lead, row // size)
 
 
@@ -80,16 +79,28 @@ def _rows(shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
     return tuple(shape)
 
 
+def _require_divides(whole: int, size: int, what: str) -> None:
+    if whole % size:
+        raise SchemeError(
+            f"{what} {whole} does not divide into groups of {size}"
+            if what == "a row of"
+            else f"{whole} {what} do not divide into groups of {size}",
+            required=f"group_size that divides {whole}",
+            found=size,
+            cure=f"group_size={_nearest_divisor(whole, size)}, or exclude this layer in the recipe",
+        )
+
+
 def _nearest_divisor(row: int, size: int) -> int:
     return max(d for d in range(1, min(row, size) + 1) if row % d == 0)
 
 
 def blocks(x: Tensor, scheme: Scheme) -> Tensor:
-    """View `x` as (groups, elements): every row shares one scale."""
+    """View `x` as (scales, elements): every row is divided by one scale."""
     match scheme.granularity:
         case "tensor":
             return x.reshape(1, -1)
-        case "channel":
+        case "channel" | "image" | "rows":
             return x.reshape(x.shape[0], math.prod(x.shape[1:]))
         case "token":
             return x.reshape(-1, x.shape[-1])
@@ -105,48 +116,62 @@ def chunks(x: Tensor, scheme: Scheme) -> list[slice]:
     """
     alone = scheme.granularity == "tensor" or scheme.kind in ("ternary", "binary") or scheme.rounding != "nearest"
     step = max(16, CHUNK_ELEMENTS // max(math.prod(x.shape[1:]), 1))
+    if scheme.granularity == "rows":
+        step += -step % (scheme.group_size or 1)
     if alone or x.dim() < 2 or x.shape[0] <= step:
         return [slice(None)]
     return [slice(i, i + step) for i in range(0, x.shape[0], step)]
 
 
-def parameters(x: Tensor, scheme: Scheme) -> Params:
+def parameters(x: Tensor, scheme: Scheme, qmax: Tensor | int | None = None) -> Params:
     """Min-max (uniform) or mean-based (ternary, binary) parameters of `x`.
 
-    x: any shape, any float dtype; computed in fp32. Returns fp32 tensors of `scale_shape(x.shape, scheme)`.
+    x: any shape, any float dtype; computed in fp32. qmax: the largest code, where it is not the scheme's.
+    Returns fp32 tensors of `scale_shape(x.shape, scheme)`.
     """
-    shape = scale_shape(x.shape, scheme)
+    shape, size = scale_shape(x.shape, scheme), 1
     b = blocks(x.float(), scheme)  # (groups, elements)
+    if scheme.granularity == "rows":
+        size = scheme.group_size or 1
+        b = b.reshape(b.shape[0] // size, size * b.shape[1])
     if b.shape[1] == 0:  # an empty batch as one tensor: minimum and mean want an element
         b = b.new_zeros(b.shape[0], 1)
+    found = _parameters(b, scheme, scheme.qmax if qmax is None else qmax)
+    spread = [None if t is None else (t.repeat_interleave(size) if size > 1 else t).reshape(shape) for t in found]
+    assert spread[0] is not None
+    return Params(spread[0], *spread[1:])
+
+
+def _parameters(b: Tensor, scheme: Scheme, qmax: Tensor | int) -> Params:
+    """Of (groups, elements), as (groups,)."""
     match scheme.kind:
         case "symmetric":
-            return Params(symmetric_scale(b.abs().amax(1), scheme.qmax).reshape(shape))
+            return Params(symmetric_scale(b.abs().amax(1), qmax))
         case "asymmetric":
-            low, high = torch.aminmax(b, dim=1)
-            return asymmetric_params(low.reshape(shape), high.reshape(shape), scheme.qmax)
+            return asymmetric_params(*torch.aminmax(b, dim=1), qmax)
         case "ternary":
             magnitude = b.abs()
             t = _TERNARY_THRESHOLD * magnitude.mean(1, keepdim=True)
             kept = magnitude > t
-            s = (magnitude * kept).sum(1) / kept.sum(1).clamp_min(1)
-            return Params(s.reshape(shape), threshold=t.reshape(shape))
+            return Params((magnitude * kept).sum(1) / kept.sum(1).clamp_min(1), threshold=t.squeeze(1))
         case "binary":
-            return Params(b.abs().mean(1).reshape(shape))
+            return Params(b.abs().mean(1))
 
 
-def symmetric_scale(amax: Tensor, qmax: int) -> Tensor:
+def symmetric_scale(amax: Tensor, qmax: Tensor | int) -> Tensor:
     """s = amax / qmax, with 1 in place of zero and subnormal scales."""
     # A tensor divisor: CUDA turns division by a Python scalar into a multiplication by its reciprocal.
-    scale = amax / torch.full((), qmax, dtype=torch.float32, device=amax.device)
-    return torch.where(scale < _SMALLEST_SCALE, 1.0, scale)
+    divisor = torch.full((), qmax, dtype=torch.float32, device=amax.device) if isinstance(qmax, int) else qmax.float()
+    scale = amax / divisor
+    return torch.where(scale < SMALLEST_SCALE, 1.0, scale)
 
 
-def asymmetric_params(low: Tensor, high: Tensor, qmax: int) -> Params:
+def asymmetric_params(low: Tensor, high: Tensor, qmax: Tensor | int) -> Params:
     """Scale and integer zero point of the range [min(low, 0), max(high, 0)]."""
     low, high = low.clamp_max(0.0), high.clamp_min(0.0)
     scale = symmetric_scale(high - low, qmax)
-    return Params(scale, torch.round(-low / scale).clamp(0, qmax))
+    zero = torch.round(-low / scale).clamp_min(0)
+    return Params(scale, zero.clamp_max(qmax if isinstance(qmax, int) else qmax.float()))
 
 
 def quantize(x: Tensor, params: Params, scheme: Scheme, *, key: Tensor | int | None = None) -> Tensor:
@@ -160,6 +185,28 @@ def dequantize(codes: Tensor, params: Params, scheme: Scheme) -> Tensor:
     return _values(b, params).reshape(codes.shape)
 
 
+def simulate(
+    x: Tensor,
+    scheme: Scheme,
+    params: Params | None = None,
+    *,
+    qmax: Tensor | None = None,
+    key: Tensor | int | None = None,
+) -> Tensor:
+    """`dequantize(quantize(x))` in `x`'s shape and dtype, without a gradient.
+
+    params: None computes them from `x`. qmax: the largest code as a tensor, which may change from call to call; of a
+    ternary or binary scheme the codes are uniform and symmetric up to qmax, and its own where qmax is 0.
+    """
+    if qmax is None or scheme.kind in ("symmetric", "asymmetric"):
+        found = parameters(x, scheme, qmax) if params is None else params
+        values = _values(_codes(x, found, scheme, key, qmax), found)
+    else:
+        uniform = simulate(x.float(), scheme.at(8), params, qmax=qmax.clamp_min(1), key=key)
+        values = torch.where(qmax > 0, uniform, simulate(x.float(), scheme, params, key=key))
+    return values.reshape(x.shape).to(x.dtype)
+
+
 def fake_quantize(
     x: Tensor, scheme: Scheme, params: Params | None = None, *, key: Tensor | int | None = None
 ) -> Tensor:
@@ -167,16 +214,18 @@ def fake_quantize(
 
     The value is exactly `dequantize(quantize(x))`; the gradient with respect to `x` is 1 where `x` is inside
     the representable range and 0 outside (Bengio et al. 2013, arXiv 1308.3432). `params` are taken as
-    constants; None means they are computed from `x`.
+    constants; None means they are computed from `x`, and then all of it is inside.
     """
     with torch.no_grad():
-        if params is None:
-            params = parameters(x, scheme)
-        values = _values(_codes(x, params, scheme, key), params).reshape(x.shape).to(x.dtype)
-        inside = _inside(x, params, scheme)
-    through = torch.where(inside, x, 0.0) if inside is not None else x
-    # through - through.detach() is exactly zero, so only the gradient of x is added.
-    return values + (through - through.detach())
+        values = simulate(x, scheme, params, key=key)
+        clipped = params is not None and scheme.kind in ("symmetric", "asymmetric")
+        within = inside(x, params, scheme) if clipped and params is not None else None
+    return straight_through(values, x if within is None else torch.where(within, x, 0.0))
+
+
+def straight_through(values: Tensor, x: Tensor) -> Tensor:
+    """`values`, with the gradient of `x`."""
+    return values + (x - x.detach())  # x - x.detach() is exactly zero, so only the gradient of x is added
 
 
 def stochastic_key(seed: int, step: int, name: str) -> int:
@@ -200,8 +249,8 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def _codes(x: Tensor, params: Params, scheme: Scheme, key: Tensor | int | None) -> Tensor:
-    """Integral fp32 codes, (groups, elements)."""
+def _codes(x: Tensor, params: Params, scheme: Scheme, key: Tensor | int | None, qmax: Tensor | None = None) -> Tensor:
+    """Integral fp32 codes, (scales, elements)."""
     b = blocks(x.float(), scheme)
     if scheme.kind == "binary":
         return torch.where(b >= 0, 1.0, -1.0)
@@ -218,7 +267,14 @@ def _codes(x: Tensor, params: Params, scheme: Scheme, key: Tensor | int | None) 
         steps = torch.floor(ratio + uniform(x.numel(), key, x.device).reshape(b.shape))
     if params.zero_point is not None:
         steps = steps + params.zero_point.reshape(-1, 1)
-    return steps.clamp(scheme.qmin, scheme.qmax)
+    return steps.clamp(*_limits(scheme, qmax))
+
+
+def _limits(scheme: Scheme, qmax: Tensor | None) -> tuple[Tensor, Tensor] | tuple[int, int]:
+    if qmax is None:
+        return scheme.qmin, scheme.qmax
+    high = qmax.float()
+    return (torch.zeros_like(high) if scheme.kind == "asymmetric" else -high), high
 
 
 def _values(codes: Tensor, params: Params) -> Tensor:
@@ -227,10 +283,10 @@ def _values(codes: Tensor, params: Params) -> Tensor:
     return codes * params.scale.reshape(-1, 1)
 
 
-def _inside(x: Tensor, params: Params, scheme: Scheme) -> Tensor | None:
-    if scheme.kind in ("ternary", "binary"):
-        return None
+def inside(x: Tensor, params: Params, scheme: Scheme, qmax: Tensor | None = None) -> Tensor:
+    """Where `x` lies in the range that a uniform scheme represents."""
     steps = blocks(x.float(), scheme) / params.scale.reshape(-1, 1)
     if params.zero_point is not None:
         steps = steps + params.zero_point.reshape(-1, 1)
-    return ((steps >= scheme.qmin - 0.5) & (steps <= scheme.qmax + 0.5)).reshape(x.shape)
+    low, high = _limits(scheme, qmax)
+    return ((steps >= low - 0.5) & (steps <= high + 0.5)).reshape(x.shape)

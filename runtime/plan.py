@@ -21,6 +21,7 @@ class Quantize:
     operator: the kind of call site, "linear", "embedding" or "conv2d".
     static: the activation's scale and zero point were calibrated and lie in the Store beside the weight
         (`input_scale_name`, `input_zero_name`); else they are computed on each call.
+    learned: the weight's scale was trained and lies in the Store beside it (`weight_scale_name`)
     """
 
     fqn: str
@@ -28,6 +29,7 @@ class Quantize:
     weight: Scheme
     activation: Scheme | None = None
     static: bool = False
+    learned: bool = False
 
 
 Edit = Quantize
@@ -61,6 +63,11 @@ class Plan:
     def from_json(data: list[dict[str, Any]]) -> Plan:
         """Inverse of `to_json`. Raises ArtifactError on an edit this version does not know."""
         return Plan(tuple(_edit(dict(item)) for item in data))
+
+
+def weight_scale_name(fqn: str) -> str:
+    """Where the learned scale of parameter `fqn` is stored."""
+    return f"{fqn}_scale"
 
 
 def input_scale_name(fqn: str) -> str:

@@ -68,15 +68,15 @@ class Program:
         graph: fx.Graph = self.module.graph
         return graph
 
-    def copy(self) -> Program:
-        """The same graph once more, on the same store."""
+    def copy(self, store: Store | None = None) -> Program:
+        """The same graph once more, on the same store or on one with the same names."""
         graph = fx.Graph()
         values: dict[fx.Node, fx.Node] = {}
         output = graph.graph_copy(self.graph, values)
         graph.output(output)
         for old, new in values.items():
             new.meta = dict(old.meta)
-        return Program.of(graph, self.store, self.contract, self.log)
+        return Program.of(graph, store or self.store, self.contract, self.log)
 
     def calls(self, *targets: Callable[..., Any]) -> list[fx.Node]:
         """All calls of `targets`, in graph order."""

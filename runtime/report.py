@@ -222,7 +222,9 @@ def spoken(scheme: str) -> str:
         return scheme
     s = Scheme.parse(scheme)
     kind = {"symmetric": f"int{s.bits}", "asymmetric": f"uint{s.bits}"}.get(s.kind, str(s.kind))
-    return f"{kind} in groups of {s.group_size}" if s.granularity == "group" else f"{kind} per {s.granularity}"
+    if s.group_size is None:
+        return f"{kind} per {s.granularity}"
+    return f"{kind} in groups of {s.group_size}{' channels' if s.granularity == 'rows' else ''}"
 
 
 def size(count: int) -> str:

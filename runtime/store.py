@@ -54,6 +54,14 @@ class Store(nn.Module):
                 store.put(name, _clone(tensor), persistent=store.is_persistent(name))
         return store
 
+    def fork(self) -> Store:
+        """The same tensors under the same names; what is put into either is not in the other."""
+        store = Store()
+        for name, value in self.entries():
+            store.put(name, value, persistent=self.is_persistent(name))
+        store.aliases.update(self.aliases)
+        return store
+
     def canonical(self, name: str) -> str:
         """The name a tensor is stored under."""
         return self.aliases.get(name, name)

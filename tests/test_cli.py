@@ -332,22 +332,6 @@ def test_one_glob_or_operator_may_be_given_as_text() -> None:
         Recipe.of({"quantize": [{"operators": "lineer"}]})
 
 
-@pytest.mark.parametrize(
-    ("enabled", "near"),
-    [
-        (["weight_quantization"], "w8a16, w4a16-g128"),
-        (["weight_quantization", "activation_quantization"], "zeroquant-w8a8, w4a8-g32, static-w8a8"),
-        (["row_pruning"], "zeroquant-w8a8, w8a16, w4a16-g128, w4a8-g32, static-w8a8"),
-    ],
-)
-def test_a_deepspeed_file_is_answered_with_presets(here: Path, enabled: list[str], near: str) -> None:
-    names = ["weight_quantization", "activation_quantization", "row_pruning"]
-    sections = {name: {"shared_parameters": {"enabled": name in enabled}} for name in names}
-    (here / "ds.json").write_text(json.dumps({"train_batch_size": 8, "compression_training": sections}))
-    with pytest.raises(RecipeError, match=f"(?s)not read yet.*{', '.join(enabled)}.*nearest: {near}$"):
-        Recipe.of(here / "ds.json")
-
-
 def test_both_sides_are_warm_before_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     counted = {"model": 0, "small": 0}
 

@@ -42,6 +42,8 @@ def fake_args(scheme: Scheme, dtype: torch.dtype = torch.float32) -> tuple[Any, 
 
 
 X, ONE, ZERO = random(3, 12), torch.tensor(0.05), torch.tensor(3.0)
+LEVELS, HALF, KEY = torch.tensor(7, dtype=torch.int32), torch.tensor(0.5), torch.tensor(3)
+TERNARY = Scheme(bits=2, kind="ternary")
 UNIFORM = [s for s in SCHEMES if s.kind in ("symmetric", "asymmetric")]
 EXAMPLES: dict[str, list[tuple[Any, ...]]] = {
     "fake_quantize": [
@@ -49,6 +51,19 @@ EXAMPLES: dict[str, list[tuple[Any, ...]]] = {
         *(fake_args(s) for s in UNIFORM),
         fake_args(W8, torch.bfloat16),
     ],
+    "fake_quantize_live": [
+        *((random(5, 12).requires_grad_(), LEVELS, HALF, KEY, s.spell()) for s in SCHEMES),
+        (random(5, 12).bfloat16(), LEVELS * 0, HALF * 0, None, TERNARY.spell()),
+    ],
+    "fake_quantize_ranged": [
+        (random(5, 12).requires_grad_(), torch.tensor([-0.5, 1.0]), LEVELS, mix, A8_TENSOR.spell())
+        for mix in (HALF, HALF * 0)
+    ],
+    "fake_quantize_learned": [
+        (random(5, 12).requires_grad_(), torch.rand(5).requires_grad_(), LEVELS, mix, W8.spell())
+        for mix in (HALF, HALF * 0)
+    ],
+    "observe_range_": [(torch.zeros(2), X, 0.9), (torch.tensor([-1.0, 1.0]), X.bfloat16(), 0.9)],
     "quantize_dynamic": [(X, "token"), (X, "tensor"), (random(2, 3, 5).half(), "token")],
     "quantize_static": [(X, ONE, None), (X.bfloat16(), ONE, ZERO)],
     "qlinear": [

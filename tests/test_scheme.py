@@ -39,7 +39,7 @@ def test_codes(kind: Any, bits: int, qmin: int, qmax: int, dtype: torch.dtype) -
     ("fields", "required", "found"),
     [
         ({"kind": "cubic"}, "symmetric | asymmetric | ternary | binary", "'cubic'"),
-        ({"granularity": "row"}, "tensor | channel | token | group", "'row'"),
+        ({"granularity": "row"}, "tensor | channel | image | token | group | rows", "'row'"),
         ({"rounding": "up"}, "nearest | stochastic", "'up'"),
         ({"bits": 1}, "2 to 16 bits", "1"),
         ({"bits": 17}, "2 to 16 bits", "17"),

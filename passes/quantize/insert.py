@@ -1,19 +1,19 @@
 """Puts fake-quantise nodes where the Plan says: on each weight, and once on each activation it meets.
 
-The same graph serves training (it has gradients) and, once lowered, inference. An activation that several
-sites share (the input of Q, K and V) is quantised once.
+An activation that several sites share (the input of Q, K and V) is quantised once. What a fake-quantise node is
+depends on who asks: `Fixed` for what is finished at once, `live.Live` for what is trained first.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, fx
 
 from ...runtime.ops.catalog import LIBRARY
 from ...runtime.ops.quantize import FAKE_QUANTIZE
-from ...runtime.plan import Plan, Quantize, input_scale_name, input_zero_name
+from ...runtime.plan import Plan, Quantize, input_scale_name, input_zero_name, weight_scale_name
 from ...runtime.program import Entry, Program
 from .sites import Site, find_sites
 
@@ -23,55 +23,85 @@ assert LIBRARY is not None  # importing the catalogue registers the operators
 SITE = "dwindle_site"
 
 
-def insert(program: Program, plan: Plan) -> Program:
+class Fakes(Protocol):
+    """How weights and activations are simulated."""
+
+    def weight(self, program: Program, site: Site, edit: Quantize) -> None:
+        """Make the site's call read a simulated weight."""
+
+    def activation(self, program: Program, x: fx.Node, edit: Quantize, before: fx.Node) -> fx.Node:
+        """A simulated `x`, placed before `before`."""
+
+    def share(self, program: Program, first: Quantize, edit: Quantize) -> bool:
+        """Whether two sites that read one activation may read the node made for the first."""
+
+
+def insert(program: Program, plan: Plan, fakes: Fakes | None = None) -> Program:
     """Fake-quantise every site that the plan names."""
-    weights: dict[tuple[fx.Node, str], fx.Node] = {}
-    activations: list[tuple[fx.Node, str, list[Tensor], fx.Node]] = []
+    fakes = fakes or Fixed()
+    made: list[tuple[fx.Node, Quantize, fx.Node]] = []
     for site in find_sites(program):
         edit = plan.quantize(site.fqn, site.operator)
         if edit is None:
             continue
-        key = (site.weight, edit.weight.spell())
-        if key not in weights:
-            weights[key] = _fake(program, site.weight, None, None, key[1], site.node)
-        site.node.replace_input_with(site.weight, weights[key])
         site.node.meta[SITE] = (site.fqn, site.node.name)
+        fakes.weight(program, site, edit)
         if edit.activation is not None:
-            _insert_activation(program, site, edit, activations)
+            site.node.update_arg(0, _activation(program, site, edit, fakes, made))
         program.log.append(Entry(stage="insert", rule="quantize.insert", where=site.fqn, reason=_spelled(edit)))
     program.tidy()
     return program
 
 
-def _insert_activation(
-    program: Program, site: Site, edit: Quantize, done: list[tuple[fx.Node, str, list[Tensor], fx.Node]]
-) -> None:
-    x, scheme = site.node.args[0], edit.activation
-    assert isinstance(x, fx.Node) and scheme is not None
-    names = [input_scale_name(edit.fqn), input_zero_name(edit.fqn)] if edit.static else []
-    stored = [(n, t) for n in names if isinstance(t := program.store.get(n), Tensor)]
-    values = [t for _, t in stored]
-    for known, spelled, with_values, node in done:
-        if known is x and spelled == scheme.spell() and _equal(with_values, values):
-            site.node.update_arg(0, node)
-            return
+def _activation(
+    program: Program, site: Site, edit: Quantize, fakes: Fakes, made: list[tuple[fx.Node, Quantize, fx.Node]]
+) -> fx.Node:
+    x = site.node.args[0]
+    assert isinstance(x, fx.Node)
+    for known, first, node in made:
+        if known is x and fakes.share(program, first, edit):
+            return node
     # Read before the first use of x that will take the shared node, so right after x itself.
     anchor = x.next
     while anchor.op == "placeholder":
         anchor = anchor.next
-    reads = [program.get_attr(n, anchor) for n, _ in stored]
-    scale, zero = (reads[i] if i < len(reads) else None for i in range(2))
-    node = _fake(program, x, scale, zero, scheme.spell(), anchor)
-    done.append((x, scheme.spell(), values, node))
-    site.node.update_arg(0, node)
+    node = fakes.activation(program, x, edit, anchor)
+    made.append((x, edit, node))
+    return node
 
 
-def _fake(program: Program, x: fx.Node, scale: Any, zero: Any, scheme: str, before: fx.Node) -> fx.Node:
-    return program.emit_alike(FAKE_QUANTIZE.overload, x, scale, zero, scheme, like=before)
+class Fixed:
+    """Parameters from the tensor itself, or calibrated ones from the store."""
+
+    def __init__(self) -> None:
+        self._weights: dict[tuple[fx.Node, str], fx.Node] = {}
+
+    def weight(self, program: Program, site: Site, edit: Quantize) -> None:
+        """fake(W), once for all calls that take W alike."""
+        key = (site.weight, edit.weight.nearest.spell())
+        if key not in self._weights:
+            scale = program.get_attr(weight_scale_name(edit.fqn), site.node) if edit.learned else None
+            args = (scale, None, key[1])
+            self._weights[key] = program.emit_alike(FAKE_QUANTIZE.overload, site.weight, *args, like=site.node)
+        site.node.replace_input_with(site.weight, self._weights[key])
+
+    def activation(self, program: Program, x: fx.Node, edit: Quantize, before: fx.Node) -> fx.Node:
+        """fake(x) with no parameters, or with the stored ones."""
+        assert edit.activation is not None
+        reads = [program.get_attr(name, before) for name, _ in _calibrated(program, edit)]
+        scale, zero = (*reads, None, None)[:2]
+        return program.emit_alike(FAKE_QUANTIZE.overload, x, scale, zero, edit.activation.spell(), like=before)
+
+    def share(self, program: Program, first: Quantize, edit: Quantize) -> bool:
+        """Alike, and with equal parameters."""
+        one, two = ([t for _, t in _calibrated(program, e)] for e in (first, edit))
+        equal = len(one) == len(two) and all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+        return first.activation == edit.activation and equal
 
 
-def _equal(a: list[Tensor], b: list[Tensor]) -> bool:
-    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+def _calibrated(program: Program, edit: Quantize) -> list[tuple[str, Tensor]]:
+    names = [input_scale_name(edit.fqn), input_zero_name(edit.fqn)] if edit.static else []
+    return [(name, t) for name in names if isinstance(t := program.store.get(name), Tensor)]
 
 
 def _spelled(edit: Quantize) -> str:

@@ -13,7 +13,7 @@ from ...runtime.program import Program
 
 aten = torch.ops.aten
 
-OPERATORS = ("linear", "embedding", "conv2d")
+OPERATORS = ("linear", "embedding", "conv1d", "conv2d")
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Site:
 _CALLS = (
     ("linear", aten.linear.default, 1),
     ("embedding", aten.embedding.default, 0),
+    ("conv1d", aten.conv1d.default, 1),
     ("conv2d", aten.conv2d.default, 1),
 )
 

@@ -10,9 +10,14 @@ from .qconv2d import QCONV2D
 from .qembedding import QEMBEDDING
 from .qlinear import QLINEAR, QLINEAR_WEIGHT_ONLY
 from .quantize import FAKE_QUANTIZE, QUANTIZE_DYNAMIC, QUANTIZE_STATIC
+from .training import FAKE_QUANTIZE_LEARNED, FAKE_QUANTIZE_LIVE, FAKE_QUANTIZE_RANGED, OBSERVE_RANGE
 
 OPS: tuple[Operator, ...] = (
     FAKE_QUANTIZE,
+    FAKE_QUANTIZE_LIVE,
+    FAKE_QUANTIZE_RANGED,
+    FAKE_QUANTIZE_LEARNED,
+    OBSERVE_RANGE,
     QUANTIZE_DYNAMIC,
     QUANTIZE_STATIC,
     QLINEAR,
@@ -23,7 +28,13 @@ OPS: tuple[Operator, ...] = (
 )
 
 # Operators that simulate quantisation in floating point; none may remain in a finished graph.
-SIMULATED: tuple[Operator, ...] = (FAKE_QUANTIZE,)
+SIMULATED: tuple[Operator, ...] = (
+    FAKE_QUANTIZE,
+    FAKE_QUANTIZE_LIVE,
+    FAKE_QUANTIZE_RANGED,
+    FAKE_QUANTIZE_LEARNED,
+    OBSERVE_RANGE,
+)
 
 
 def _register(operators: tuple[Operator, ...]) -> torch.library.Library:

@@ -112,10 +112,9 @@ def _fake(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, scheme: st
 @torch.no_grad()
 def _fake_cpu(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, scheme: str) -> Tensor:
     parsed, out = Scheme.parse(scheme), torch.empty(x.shape, dtype=x.dtype)
+    params = None if scale is None else Params(scale, zero_point)
     for part in numerics.chunks(x, parsed):
-        rows = x[part]
-        params = numerics.parameters(rows, parsed) if scale is None else Params(scale, zero_point)
-        out[part] = numerics.dequantize(numerics.quantize(rows, params, parsed), params, parsed)
+        out[part] = numerics.simulate(x[part], parsed, params)
     return out
 
 

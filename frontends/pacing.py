@@ -1,0 +1,213 @@
+"""What moves the schedules of a student: optimizer steps, curvature, and the loss itself.
+
+    step          every schedule advances
+    curvature     measured when a weight is about to lose a bit, at most every `every` steps; its factor by block
+                  stretches MoQ's period
+    loss          an adaptive schedule lowers what is predicted to cost least, and takes back what hurt
+
+Under torch.distributed losses and curvatures are averaged, so that all ranks decide alike.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..passes.quantize.adaptive import Budget, Candidate, Controller
+from ..passes.quantize.course import Course, Drop
+from ..passes.quantize.growth import growth
+from ..passes.quantize.schedule import AT_ONCE
+from ..passes.quantize.sensitivity import Sensitivity, eigenvalues, traces
+from ..runtime.errors import RecipeError, ScheduleError
+from ..runtime.qtensor import packed_nbytes
+from ..runtime.report import block_of
+from .settings import AdaptiveSettings, SensitivitySettings
+
+Closure = Callable[[], Tensor]
+
+
+class Pacer:
+    """A course, and what it is steered by.
+
+    sensitivity: as last measured; factors: MoQ's stretching by block
+    """
+
+    def __init__(self, course: Course, settings: SensitivitySettings | None, adaptive: AdaptiveSettings | None) -> None:
+        self.course, self.settings = course, settings
+        self.controller = None if adaptive is None else Controller(adaptive.budget())
+        self.blocks = blocks(course, settings.blocks if settings else None)
+        self.sensitivity: Sensitivity | None = None
+        self.measured_at = -1
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a resumed run needs more than tensors: a schedule, or random numbers that go by the step."""
+        paces = self.course.paces.values()
+        moves = any(pace.weight != AT_ONCE or pace.activation != AT_ONCE for pace in paces)
+        return moves or any(scheme.rounding == "stochastic" for scheme in self.course.targets.values())
+
+    def advance(self, loss: Tensor | float | None, closure: Closure | None) -> list[Drop]:
+        """One optimizer step is done."""
+        if self.settings is not None and self._wants_curvature():
+            self.measure(closure)
+        factors = self.sensitivity.factors() if self.sensitivity is not None else {}
+        by_weight = {fqn: factors[name] for name, fqns in self.blocks.items() if name in factors for fqn in fqns}
+        drops = self.course.advance(by_weight)
+        if self.controller is not None:
+            drops += self._steer(self.controller, loss)
+        return drops
+
+    def _wants_curvature(self) -> bool:
+        assert self.settings is not None
+        if self.measured_at >= 0 and self.course.step - self.measured_at < self.settings.every:
+            return False
+        if self.controller is not None:
+            return len(self.controller.losses) + 1 >= self.controller.budget.interval
+        return self.course.falls_next()
+
+    def measure(self, closure: Closure | None) -> Sensitivity:
+        """Curvature of every block at the loss that `closure` gives, averaged over ranks."""
+        s = self.settings or SensitivitySettings()
+        if closure is None:
+            raise ScheduleError(
+                "curvature needs the loss of a batch",
+                required="step(closure=lambda: loss), or a model whose output has a loss",
+                found="neither",
+                cure="pass a closure that computes the loss of the batch just trained on",
+            )
+        parameters = {name: self._parameters(fqns) for name, fqns in self.blocks.items()}
+        seed = s.seed + self.course.step
+        if s.method == "eigenvalue":
+            options = {"iterations": s.iterations, "tolerance": s.tolerance, "stability": s.stability}
+            found = eigenvalues(closure, parameters, seed=seed, **options)  # type: ignore[arg-type]  # by name
+        else:
+            found = traces(closure, parameters, samples=s.samples, seed=seed)
+        self.sensitivity, self.measured_at = averaged(found), self.course.step
+        return self.sensitivity
+
+    def _parameters(self, fqns: list[str]) -> list[nn.Parameter]:
+        held = [self.course.store.get(fqn) for fqn in fqns]
+        return [p for p in held if isinstance(p, nn.Parameter)]
+
+    def _steer(self, controller: Controller, loss: Tensor | float | None) -> list[Drop]:
+        held = self.course.held()
+        if not held:
+            return []
+        if loss is None:
+            raise ScheduleError(
+                "an adaptive schedule watches the loss",
+                required="step(loss), or a model whose output has a loss",
+                found="neither",
+                cure="pass the loss of the batch just trained on to step()",
+            )
+        controller.observe(mean_over_ranks(float(loss)))
+        if not controller.due():
+            return []
+        back = controller.judge()
+        drops = [drop for fqn in back for drop in self.course.change(fqn, +1)]
+        if not back:
+            candidates = [c for fqn in held if (c := self._candidate(fqn)) is not None]
+            chosen = controller.choose(candidates, self._excess(controller.budget))
+            drops += [drop for fqn in chosen for drop in self.course.change(fqn, -1)]
+        return drops
+
+    def _candidate(self, fqn: str) -> Candidate | None:
+        now, target = self.course.weights[fqn], self.course.targets[fqn]
+        if now.bits <= target.bits:
+            return None
+        weight = self.course.store.get(fqn)
+        assert isinstance(weight, Tensor)
+        curvature = None
+        if self.sensitivity is not None:
+            block = next((name for name, fqns in self.blocks.items() if fqn in fqns), "")
+            found = self.sensitivity.blocks.get(block)
+            curvature = None if found is None else abs(found.value)
+        if curvature is None and weight.grad is None:
+            raise ScheduleError(
+                "an adaptive schedule predicts from gradients",
+                required="step() before optimizer.zero_grad(), or a recipe with sensitivity",
+                found=f"no gradient of {fqn}",
+            )
+        predicted = growth(weight, target.at(now.bits), target.at(now.bits - 1), curvature)
+        return Candidate(fqn=fqn, bits=now.bits, elements=weight.numel(), growth=predicted)
+
+    def _excess(self, budget: Budget) -> float:
+        """Element-bits above the budget."""
+        if budget.average_bits is not None:
+            total = sum(self.course.elements(fqn) for fqn in self.course.weights)
+            return (self.course.average_bits() - budget.average_bits) * total
+        assert budget.target_bytes is not None
+        return 8.0 * (self.nbytes() - budget.target_bytes)
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors of the model, were it finished now."""
+        count, persistent = 0, self.course.store.state_dict(keep_vars=True)
+        for name, tensor in persistent.items():
+            scheme = self.course.scheme(name) if name in self.course.weights else None
+            count += tensor.numel() * tensor.element_size() if scheme is None else packed_nbytes(tensor.shape, scheme)
+        return count
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "course": self.course.to_json(),
+            "controller": None if self.controller is None else self.controller.to_json(),
+            "sensitivity": None if self.sensitivity is None else self.sensitivity.to_json(),
+            "measured_at": self.measured_at,
+        }
+
+    def load_json(self, data: Mapping[str, Any]) -> None:
+        """Inverse of `to_json`. Raises ScheduleError where it is another model's or recipe's."""
+        if (data["controller"] is None) != (self.controller is None):
+            raise ScheduleError(
+                "the saved schedule is of another recipe",
+                required="an adaptive schedule" if self.controller is not None else "no adaptive schedule",
+                found="none" if self.controller is not None else "one",
+                cure="prepare the model with the recipe of the run that is resumed",
+            )
+        self.course.load_json(data["course"])
+        if self.controller is not None:
+            self.controller.load_json(data["controller"])
+        found = data["sensitivity"]
+        self.sensitivity = None if found is None else Sensitivity.from_json(found)
+        self.measured_at = data["measured_at"]
+
+
+def blocks(course: Course, prefix: str | None) -> dict[str, list[str]]:
+    """The quantised weights by repeated block ("encoder.layer.3"), below `prefix` where one is given.
+
+    Raises RecipeError where no weight lies below it.
+    """
+    found: dict[str, list[str]] = defaultdict(list)
+    for fqn in course.weights:
+        block = block_of(fqn)
+        if block.rpartition(".")[2].isdigit() and (prefix is None or block.startswith(f"{prefix}.")):
+            found[block].append(fqn)
+    if prefix is not None and not found:
+        known = sorted({block_of(fqn).rpartition(".")[0] for fqn in course.weights} - {""})
+        raise RecipeError(f"no blocks below {prefix!r}", required=f"one of {', '.join(known) or 'none'}", found=prefix)
+    return dict(found)
+
+
+def mean_over_ranks(value: float) -> float:
+    """The mean over all processes, or the value itself where there is one."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return value
+    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+    total = torch.tensor(value, dtype=torch.float64, device=device)
+    distributed.all_reduce(total)
+    return float(total) / distributed.get_world_size()
+
+
+def averaged(found: Sensitivity) -> Sensitivity:
+    """Each block's curvature averaged over ranks."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return found
+    means = {name: replace(c, value=mean_over_ranks(c.value)) for name, c in found.blocks.items()}
+    return replace(found, blocks=means)

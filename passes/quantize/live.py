@@ -1,0 +1,214 @@
+"""Fake-quantise nodes whose precision is read from the store, so that training changes it without a new trace.
+
+    W             ->  live(W, qmax, mix, key)           or learned(W, step, qmax, mix)
+    embedding(W)  ->  live(embedding(W, i), ...)        one scale a row: only rows that are looked up are quantised
+    x             ->  live(x, ...) dynamic              or ranged(x, range, ...) static; training observes the range too
+
+`floating` takes them out again, so that the Plan as it is in the end can be simulated as for any other model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx, nn
+
+from ...runtime import numerics
+from ...runtime.errors import CalibrationError
+from ...runtime.ops.training import (
+    FAKE_QUANTIZE_LEARNED,
+    FAKE_QUANTIZE_LIVE,
+    FAKE_QUANTIZE_RANGED,
+    OBSERVE_RANGE,
+    learned_scale,
+    range_params,
+)
+from ...runtime.plan import Plan, Quantize, input_scale_name, input_zero_name, weight_scale_name
+from ...runtime.program import Program
+from ...runtime.scheme import Scheme
+from ...runtime.store import Store
+from .calibrate import calibrate
+from .observers import MakeObserver
+from .schedule import FULL, Precision
+from .sites import Site, readers
+
+LIVE = (FAKE_QUANTIZE_LIVE, FAKE_QUANTIZE_RANGED, FAKE_QUANTIZE_LEARNED)
+
+
+@dataclass(frozen=True)
+class Gauge:
+    """Where the precision of parameter `fqn` lies in the store, or that of the activation that meets it."""
+
+    fqn: str
+    of_input: bool = False
+
+    def __call__(self, part: str) -> str:
+        """The name of one part: qmax, mix, key, step (a learned scale) or range."""
+        return f"{self.fqn}_input_{part}" if self.of_input else f"{self.fqn}_{part}"
+
+    def tensor(self, store: Store, part: str) -> Tensor:
+        """That part's tensor."""
+        value = store.get(self(part))
+        assert isinstance(value, Tensor), f"{self(part)} is not stored"
+        return value
+
+    def place(self, store: Store, device: torch.device) -> None:
+        """Put the buffers of a precision into the store, at none; they are no part of a state_dict."""
+        for part, value, dtype in (("qmax", 1, torch.int32), ("mix", 1.0, torch.float32), ("key", 0, torch.int64)):
+            if store.get(self(part)) is None:
+                store.put(self(part), torch.tensor(value, dtype=dtype, device=device), persistent=False)
+
+    @torch.no_grad()
+    def set(self, store: Store, target: Scheme, now: Precision) -> None:
+        """Write a precision; a learned scale is stretched so that the range stays."""
+        qmax, mix = self.tensor(store, "qmax"), self.tensor(store, "mix")
+        own = now.bits == target.bits and target.kind in ("ternary", "binary")
+        levels = target.qmax if now.bits == FULL else 0 if own else target.at(now.bits).qmax
+        step = store.get(self("step"))
+        if isinstance(step, Tensor) and int(qmax) != levels:
+            step.mul_(int(qmax) / levels)
+        qmax.fill_(levels)
+        mix.fill_(1.0 if now.bits == FULL else now.mix)
+
+
+def _place_step(store: Store, site: Site, scheme: Scheme) -> None:
+    """A learned scale as a parameter, s = 2 mean|w| / sqrt(qmax) (LSQ, section 2.1)."""
+    gauge, weight = Gauge(site.fqn), store.get(site.fqn)
+    assert isinstance(weight, Tensor)
+    if store.get(gauge("step")) is None:
+        w = weight.detach().t() if site.transposed else weight.detach()
+        mean = numerics.blocks(w.float(), scheme).abs().mean(1)
+        step = 2 * mean * torch.rsqrt(gauge.tensor(store, "qmax").float())
+        shape = numerics.scale_shape(w.shape, scheme)
+        store.put(gauge("step"), nn.Parameter(torch.where(step > 0, step, 1.0).reshape(shape)))
+
+
+class Live:
+    """Simulates with what the store says; `momentum` is that of observed ranges."""
+
+    def __init__(self, momentum: float) -> None:
+        self.momentum = momentum
+        self._weights: dict[tuple[fx.Node, str], fx.Node] = {}
+
+    def weight(self, program: Program, site: Site, edit: Quantize) -> None:
+        """The simulated weight before the call, or the simulated rows after it."""
+        rows = _by_row(program, site, edit)
+        if rows is not None:
+            fake = self._fake(program, site, site.node, edit, rows, site.node.next)
+            site.node.replace_all_uses_with(fake, delete_user_cb=lambda user: user is not fake)
+            return
+        key = (site.weight, edit.weight.spell())
+        if key not in self._weights:
+            self._weights[key] = self._fake(program, site, site.weight, edit, edit.weight, site.node)
+        site.node.replace_input_with(site.weight, self._weights[key])
+
+    def _fake(
+        self, program: Program, site: Site, x: fx.Node, edit: Quantize, scheme: Scheme, before: fx.Node
+    ) -> fx.Node:
+        names = Gauge(edit.fqn)
+        qmax, mix = (program.get_attr(names(part), before) for part in ("qmax", "mix"))
+        if edit.learned:
+            _place_step(program.store, site, scheme)
+            step = program.get_attr(names("step"), before)
+            args = (step, qmax, mix, scheme.spell())
+            return program.emit_alike(FAKE_QUANTIZE_LEARNED.overload, x, *args, like=before)
+        drawn = scheme.rounding == "stochastic" and program.contract.training
+        key = program.get_attr(names("key"), before) if drawn else None
+        spelled = (scheme if drawn else scheme.nearest).spell()
+        return program.emit_alike(FAKE_QUANTIZE_LIVE.overload, x, qmax, mix, key, spelled, like=before)
+
+    def activation(self, program: Program, x: fx.Node, edit: Quantize, before: fx.Node) -> fx.Node:
+        """Quantised by its own range on each call, or by one that training observes."""
+        assert edit.activation is not None
+        names, spelled = Gauge(program.store.canonical(edit.fqn), of_input=True), edit.activation.spell()
+        names.place(program.store, _device(program, edit.fqn))
+        canonical = program.store.canonical
+        qmax, mix = (program.get_attr(canonical(names(part)), before) for part in ("qmax", "mix"))
+        if not edit.static:
+            return program.emit_alike(FAKE_QUANTIZE_LIVE.overload, x, qmax, mix, None, spelled, like=before)
+        if program.store.get(names("range")) is None:
+            program.store.put(names("range"), torch.zeros(2, device=_device(program, edit.fqn)))
+        span = program.get_attr(canonical(names("range")), before)
+        if program.contract.training:
+            program.emit(OBSERVE_RANGE.overload, span, x, self.momentum, like=before)
+        return program.emit_alike(FAKE_QUANTIZE_RANGED.overload, x, span, qmax, mix, spelled, like=before)
+
+    def share(self, program: Program, first: Quantize, edit: Quantize) -> bool:
+        """Alike; then the second's precision and range are the first's under another name."""
+        if (first.activation, first.static) != (edit.activation, edit.static):
+            return False
+        own, theirs = Gauge(first.fqn, of_input=True), Gauge(edit.fqn, of_input=True)
+        for part in ("qmax", "mix", "key", "range"):
+            if program.store.get(own(part)) is not None and own(part) != theirs(part):
+                program.store.aliases.setdefault(theirs(part), program.store.canonical(own(part)))
+        return True
+
+
+def _device(program: Program, fqn: str) -> torch.device:
+    weight = program.store.get(fqn)
+    assert isinstance(weight, Tensor)
+    return weight.device
+
+
+def _by_row(program: Program, site: Site, edit: Quantize) -> Scheme | None:
+    """The scheme of looked-up rows, where quantising them is the same as quantising the whole table first."""
+    scheme = edit.weight
+    if site.operator != "embedding" or edit.learned or scheme.granularity not in ("channel", "group"):
+        return None
+    if scheme.rounding != "nearest" or len(list(readers(program, site.fqn))) > 1:
+        return None  # an element's random number goes by its place in the table
+    return replace(scheme, granularity="token") if scheme.granularity == "channel" else scheme
+
+
+def place_ranges(
+    program: Program, edits: Sequence[Quantize], batches: Iterable[Sequence[Tensor]], make: MakeObserver
+) -> None:
+    """Ranges of static activations from data, for training to go on from."""
+    probe = program.copy(program.store.fork())
+    calibrate(probe, edits, batches, make)
+    for edit in edits:
+        scale, zero = (probe.store.get(name(edit.fqn)) for name in (input_scale_name, input_zero_name))
+        assert isinstance(scale, Tensor) and edit.activation is not None
+        first = -zero if isinstance(zero, Tensor) else torch.full_like(scale, edit.activation.qmin)
+        low, high = first * scale, (first + edit.activation.qmax - edit.activation.qmin) * scale
+        program.store.put(Gauge(edit.fqn, of_input=True)("range"), torch.stack([low, high]))
+
+
+def floating(program: Program, plan: Plan) -> Program:
+    """A copy without simulated quantisation, on a store of its own, which shares the program's tensors.
+
+    The scales that were learned or observed are added to it, for the plan's edits to read.
+    """
+    plain = program.copy(program.store.fork())
+    for node in plain.calls(*(op.overload for op in LIVE)):
+        float_value = node.args[0]
+        assert isinstance(float_value, fx.Node)
+        node.replace_all_uses_with(float_value)
+        plain.graph.erase_node(node)
+    for node in plain.calls(OBSERVE_RANGE.overload):
+        plain.graph.erase_node(node)
+    plain.tidy()
+    for edit in plan:
+        _put_scales(plain.store, edit)
+    return plain
+
+
+def _put_scales(store: Store, edit: Quantize) -> None:
+    if edit.learned:
+        step = Gauge(edit.fqn).tensor(store, "step")
+        store.put(weight_scale_name(edit.fqn), learned_scale(step.detach()))
+    if edit.static and edit.activation is not None:
+        span = Gauge(edit.fqn, of_input=True).tensor(store, "range")
+        if bool(span[0] == span[1]):
+            raise CalibrationError(
+                f"the input of {edit.fqn} has a static range that nothing was seen of",
+                required="at least one training step",
+                found="none",
+                cure="train, or choose range 'dynamic'",
+            )
+        params = range_params(span, edit.activation)
+        store.put(input_scale_name(edit.fqn), params.scale)
+        if params.zero_point is not None:
+            store.put(input_zero_name(edit.fqn), params.zero_point)
