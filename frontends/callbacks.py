@@ -61,7 +61,10 @@ class _Follower:
 
 def TrainerCallback(student: Student) -> Any:  # stands for the class that transformers has
     """A transformers TrainerCallback that steps `student`. Raises MissingDependencyError without transformers."""
-    base = _imported("transformers", "hf").TrainerCallback
+    try:
+        base = importlib.import_module("transformers").TrainerCallback
+    except ImportError as error:
+        raise MissingDependencyError("transformers", "hf", "following its Trainer") from error
     follower = _Follower(student)
 
     class Callback(base):  # type: ignore[misc, valid-type]  # known only now
@@ -73,17 +76,11 @@ def TrainerCallback(student: Student) -> Any:  # stands for the class that trans
             if student.course.weights:
                 bits = {BITS: round(student.course.average_bits(), 4)}
                 state.log_history[-1].update(bits)
-                (logs if logs is not None else {}).update(bits)  # for the callbacks after this one
+                if logs is not None:
+                    logs.update(bits)  # for the callbacks after this one
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             follower.end()
 
     Callback.__name__ = "DwindleCallback"
     return Callback()
-
-
-def _imported(package: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise MissingDependencyError(package.partition(".")[0], extra, "following its training loop") from error

@@ -42,12 +42,7 @@ def as_arguments(model: nn.Module, inputs: Any) -> dict[str, Any]:
     args, kwargs = (inputs, {}) if isinstance(inputs, tuple | list) else ((), dict(inputs))
     _require_named(model, len(args))
     if len(args) > len(signature.names):
-        raise CaptureError(
-            "more inputs than forward takes",
-            required=f"at most {len(signature.names)}: {', '.join(signature.names)}",
-            found=f"a {type(inputs).__name__} of {len(args)}",
-            cure=WITHOUT_LABELS,
-        )
+        raise _too_many(CaptureError, "more inputs than forward takes", signature, inputs)
     return signature.bind(tuple(args), kwargs)
 
 
@@ -125,12 +120,8 @@ def flat_batches(program: Program, signature: Signature, data: Iterable[Any]) ->
         args = (batch,) if isinstance(batch, Tensor) else tuple(batch) if isinstance(batch, tuple | list) else ()
         kwargs = {n: v for n, v in dict(batch).items() if n in wanted} if _has_names(batch) else {}
         if len(args) > len(signature.names):
-            raise CalibrationError(
-                "a batch of calibration data has more than forward takes",
-                required=f"at most {len(signature.names)}: {', '.join(signature.names)}",
-                found=f"a {type(batch).__name__} of {len(args)}",
-                cure=WITHOUT_LABELS,
-            )
+            what = "a batch of calibration data has more than forward takes"
+            raise _too_many(CalibrationError, what, signature, batch)
         bound = {**_constants(wanted), **signature.bind(args, kwargs)}
         structure, tensors = bind_call(signature, (), {k: v for k, v in bound.items() if k in wanted})
         if call_key(program.contract.training, structure) != program.contract.key:
@@ -164,3 +155,9 @@ def _has_names(value: Any) -> bool:
 
 def _constants(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: part["value"] for name, part in arguments.items() if part["kind"] == "constant"}
+
+
+def _too_many(kind: type[DwindleError], what: str, signature: Signature, given: Any) -> DwindleError:
+    names = signature.names
+    required, found = f"at most {len(names)}: {', '.join(names)}", f"a {type(given).__name__} of {len(given)}"
+    return kind(what, required=required, found=found, cure=WITHOUT_LABELS)

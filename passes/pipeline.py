@@ -121,7 +121,7 @@ def _insert(program: Program, job: Job) -> Program:
         return insert(program, plan)
     if job.course is None:
         job.course = Course(program.store, plan, job.paces, job.seed)
-    return insert(program, plan, Live(job.momentum))
+    return insert(program, plan, Live(job.momentum, {fqn: pace.activation for fqn, pace in job.course.paces.items()}))
 
 
 def _settle(program: Program, job: Job) -> Program:

@@ -48,7 +48,8 @@ class Layered:
 class Certificate(Layered):
     """Facts of one finished model.
 
-    simulated: nodes that only simulate quantisation; graph_breaks: graphs per variant less one
+    simulated: nodes that only simulate quantisation
+    graph_breaks: calls from the graph into a module, of which a whole capture has none
     lowering_error: largest relative L2 error of a lowered call against the simulated one, on the same input
     rounding: eps of the coarsest dtype in which a lowered call gives its result
     output_error: Difference of the outputs against the original model's, as plain data

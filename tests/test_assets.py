@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from fetching import fetched_or_skip
 
 from dwindle.frontends import assets
 from dwindle.frontends.assets import AssetError, Package, fetch, load_bbc, load_digits_cnn, load_minilm
@@ -197,17 +198,6 @@ def test_minilm_names_the_extra_it_needs(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(MissingDependencyError, match=r"dwindle\[hf\]"):
         load_minilm()
-
-
-def fetched_or_skip(*packages: Package) -> None:
-    """Skip, saying why, where a package cannot be downloaded; one that is not the pinned one still fails."""
-    for package in packages:
-        try:
-            fetch(package)
-        except AssetError as error:
-            if "cannot be downloaded" not in error.message:
-                raise
-            pytest.skip(f"the real model was NOT tested: {error}")
 
 
 @pytest.mark.slow

