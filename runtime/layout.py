@@ -1,16 +1,19 @@
 """Bit layouts: how integer codes lie in bytes.
 
-A row of codes is cut into blocks of `block` elements (a group, or the whole row). With `per = 8 / bits` codes
-a byte, byte j of a block holds elements j, j + block/per, j + 2 block/per, ...: the first in the lowest bits.
-So a kernel that loads consecutive bytes gets consecutive elements of each part with one shift and one mask,
-which is what the GPU kernels want (halves of a group in one byte for 4 bits). 8-bit codes lie as they are.
+Codes of 1, 2, 4 or 8 bits lie in one plane; others in planes of these widths one after the other, the lowest bits
+first: 3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2, 7 = 4 + 2 + 1. So a row of K codes of b bits takes K b / 8 bytes.
+
+In a plane a row is cut into blocks (a group, or the whole row). With `per = 8 / width` fields a byte, byte j of a
+block holds elements j, j + block/per, j + 2 block/per, ...: the first in the lowest bits. So a kernel that loads
+consecutive bytes gets consecutive elements of each part with one shift and one mask, which is what the GPU kernels
+want (halves of a group in one byte for 4 bits). 8-bit codes lie as they are.
 
 Stored bits are the code's two's complement (symmetric, ternary), the code (asymmetric) or code > 0 (binary).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,80 +24,91 @@ from .scheme import Scheme
 
 
 @dataclass(frozen=True)
-class Layout:
-    """A pair of inverse functions on codes of shape (rows, K): `unpack(pack(c, b), K, b, signed) == c`."""
+class Plane:
+    """Bits `shift` to `shift + width` of every code of a row: `block` elements interleaved, `nbytes` in all."""
 
-    bits: int
-    pack: Callable[[Tensor, int], Tensor]
-    unpack: Callable[[Tensor, int, int, bool], Tensor]
+    width: int
+    shift: int
+    block: int
+    nbytes: int
+
+
+# Widths of the planes that hold a code of so many bits, the lowest bits first.
+LAYOUTS: dict[int, tuple[int, ...]] = {
+    1: (1,),
+    2: (2,),
+    3: (2, 1),
+    4: (4,),
+    5: (4, 1),
+    6: (4, 2),
+    7: (4, 2, 1),
+    8: (8,),
+}
+
+
+def planes(columns: int, scheme: Scheme) -> Iterator[Plane]:
+    """The planes of a row of `columns` codes. Raises SchemeError above 8 bits."""
+    if scheme.bits not in LAYOUTS:
+        raise SchemeError("no packed storage", required="at most 8 bits", found=f"{scheme.bits} bits")
+    size, shift = scheme.group_size if scheme.granularity == "group" else None, 0
+    for width in LAYOUTS[scheme.bits]:
+        per = 8 // width
+        block = size if size is not None and size % per == 0 else -(-columns // per) * per
+        yield Plane(width, shift, block, -(-columns // max(block, 1)) * block // per)
+        shift += width
+
+
+def row_nbytes(columns: int, scheme: Scheme) -> int:
+    """Bytes of a packed row. Raises SchemeError above 8 bits."""
+    return sum(plane.nbytes for plane in planes(columns, scheme))
+
+
+def is_signed(scheme: Scheme) -> bool:
+    """Whether stored bits are a two's complement."""
+    return scheme.kind in ("symmetric", "ternary")
 
 
 def pack(codes: Tensor, scheme: Scheme) -> Tensor:
-    """Pack unpacked codes (rows, K) into the bytes of `scheme`: (rows, ceil(K / block) * block * bits / 8)."""
-    layout = layout_of(scheme)
-    stored = (codes > 0).to(torch.int8) if scheme.kind == "binary" else codes
-    return layout.pack(stored, block_of(codes.shape[1], scheme))
+    """Pack unpacked codes (rows, K) into the bytes of `scheme`: (rows, `row_nbytes`)."""
+    parts = list(planes(codes.shape[1], scheme))
+    if scheme.bits == 8:
+        return codes
+    stored = codes > 0 if scheme.kind == "binary" else codes
+    return torch.cat([_interleaved(stored.to(torch.uint8) >> plane.shift, plane) for plane in parts], 1)
 
 
 def unpack(packed: Tensor, columns: int, scheme: Scheme) -> Tensor:
     """Inverse of `pack`: codes (rows, columns) in `scheme.code_dtype`."""
-    signed = scheme.kind in ("symmetric", "ternary")
-    codes = layout_of(scheme).unpack(packed, columns, block_of(columns, scheme), signed)
-    if scheme.kind == "binary":
-        codes = codes * 2 - 1
-    return codes.to(scheme.code_dtype)
+    if scheme.bits == 8:
+        return packed.to(scheme.code_dtype)
+    parts = list(planes(columns, scheme))
+    rows, codes = packed.split([plane.nbytes for plane in parts], 1), None
+    for plane, own in zip(parts, rows, strict=True):
+        fields = _fields(own, plane, columns, signed=is_signed(scheme) and plane is parts[-1])
+        codes = fields if codes is None else codes | (fields << plane.shift)
+    assert codes is not None
+    return (codes * 2 - 1 if scheme.kind == "binary" else codes).to(scheme.code_dtype)
 
 
-def layout_of(scheme: Scheme) -> Layout:
-    """The narrowest layout that holds the scheme's codes. Raises SchemeError above 8 bits."""
-    for layout in LAYOUTS:
-        if layout.bits >= scheme.bits:
-            return layout
-    raise SchemeError("no packed storage", required="at most 8 bits", found=f"{scheme.bits} bits")
-
-
-def block_of(columns: int, scheme: Scheme) -> int:
-    """Elements that are interleaved together: the group, or the row rounded up to whole bytes."""
-    per = 8 // layout_of(scheme).bits
-    size = scheme.group_size if scheme.granularity == "group" else None
-    if size is not None and size % per == 0:
-        return size
-    return -(-columns // per) * per
-
-
-def _pack_interleaved(codes: Tensor, bits: int, block: int) -> Tensor:
+def _interleaved(codes: Tensor, plane: Plane) -> Tensor:
+    """The lowest bits of uint8 codes (rows, K) as a plane."""
     rows, columns = codes.shape
-    per = 8 // bits
-    blocks = -(-columns // block)
-    codes = torch.nn.functional.pad(codes, (0, blocks * block - columns)).to(torch.uint8)
-    parts = codes.reshape(rows, blocks, per, block // per) & (2**bits - 1)
+    per, block = 8 // plane.width, plane.block
+    blocks = -(-columns // max(block, 1))
+    codes = torch.nn.functional.pad(codes, (0, blocks * block - columns))
+    parts = codes.reshape(rows, blocks, per, block // per) & (2**plane.width - 1)
     packed = torch.zeros_like(parts[:, :, 0])
     for i in range(per):
-        packed |= parts[:, :, i] << (bits * i)
+        packed |= parts[:, :, i] << (plane.width * i)
     return packed.flatten(1)
 
 
-def _unpack_interleaved(packed: Tensor, bits: int, columns: int, block: int, signed: bool) -> Tensor:
-    rows, per = packed.shape[0], 8 // bits
-    bytes_ = packed.reshape(rows, packed.shape[1] * per // block, 1, block // per)
+def _fields(packed: Tensor, plane: Plane, columns: int, *, signed: bool) -> Tensor:
+    """int8 (rows, columns) of a plane; the highest plane of signed codes carries their sign."""
+    per, width, block = 8 // plane.width, plane.width, plane.block
+    bytes_ = packed.reshape(packed.shape[0], packed.shape[1] * per // max(block, 1), 1, block // per)
     if signed:  # shift the field to the top of an int8, then back down arithmetically: sign-extends
-        fields = [(bytes_ << (8 - bits * (i + 1))).view(torch.int8) >> (8 - bits) for i in range(per)]
+        fields = [(bytes_ << (8 - width * (i + 1))).view(torch.int8) >> (8 - width) for i in range(per)]
     else:
-        fields = [((bytes_ >> (bits * i)) & (2**bits - 1)).view(torch.int8) for i in range(per)]
+        fields = [((bytes_ >> (width * i)) & (2**width - 1)).view(torch.int8) for i in range(per)]
     return torch.cat(fields, 2).flatten(1)[:, :columns]
-
-
-def _interleaved(bits: int) -> Layout:
-    return Layout(
-        bits,
-        lambda codes, block: _pack_interleaved(codes, bits, block),
-        lambda packed, columns, block, signed: _unpack_interleaved(packed, bits, columns, block, signed),
-    )
-
-
-PACKED_1BIT = _interleaved(1)
-PACKED_2BIT = _interleaved(2)
-PACKED_4BIT = _interleaved(4)
-PLAIN_8BIT = Layout(8, lambda codes, block: codes, lambda packed, columns, block, signed: packed)
-
-LAYOUTS = (PACKED_1BIT, PACKED_2BIT, PACKED_4BIT, PLAIN_8BIT)

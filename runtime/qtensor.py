@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import numerics
 from .errors import SchemeError
-from .layout import block_of, layout_of, pack, unpack
+from .layout import pack, row_nbytes, unpack
 from .numerics import Params
 from .scheme import Scheme
 
@@ -113,9 +113,7 @@ class QTensor(nn.Module):
 
 def packed_nbytes(shape: tuple[int, ...], scheme: Scheme) -> int:
     """Bytes of a QTensor of this shape: codes, and an fp32 scale and zero point for each group."""
-    columns, layout = math.prod(shape[1:]), layout_of(scheme)
-    block = columns if layout.bits == 8 else block_of(columns, scheme)
-    codes = shape[0] * -(-columns // max(block, 1)) * block * layout.bits // 8
+    codes = shape[0] * row_nbytes(math.prod(shape[1:]), scheme)
     scales = math.prod(numerics.scale_shape(shape, scheme))
     return codes + 4 * scales * (2 if scheme.kind == "asymmetric" else 1)
 

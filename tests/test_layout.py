@@ -12,7 +12,7 @@ from strategies import KINDS
 from torch import Tensor
 
 from dwindle.runtime.errors import SchemeError
-from dwindle.runtime.layout import LAYOUTS, Layout, block_of, layout_of, pack, unpack
+from dwindle.runtime.layout import LAYOUTS, pack, planes, row_nbytes, unpack
 from dwindle.runtime.scheme import Scheme
 
 SIZES = st.tuples(st.integers(0, 4), st.sampled_from((1, 2, 3, 5, 7, 8, 9, 15, 16, 31, 33, 64)))
@@ -55,39 +55,41 @@ def test_non_contiguous_codes_pack_the_same(case: tuple[Scheme, Tensor]) -> None
 @given(packable())
 def test_a_row_takes_no_byte_too_many(case: tuple[Scheme, Tensor]) -> None:
     scheme, codes = case
-    packed = pack(codes, scheme)
+    packed, columns = pack(codes, scheme), codes.shape[1]
     assert packed.element_size() == 1
-    assert packed.shape == (codes.shape[0], -(-codes.shape[1] * layout_of(scheme).bits // 8))
+    assert packed.shape == (codes.shape[0], row_nbytes(columns, scheme))
+    assert row_nbytes(columns, scheme) == sum(-(-columns * width // 8) for width in LAYOUTS[scheme.bits])
 
 
 @given(packable())
 def test_codes_lie_where_the_docstring_says(case: tuple[Scheme, Tensor]) -> None:
     scheme, codes = case
-    bits, columns = layout_of(scheme).bits, codes.shape[1]
-    per, block = 8 // bits, block_of(codes.shape[1], scheme)
+    columns, start = codes.shape[1], 0
     packed = pack(codes, scheme).view(torch.uint8)
-    for row, codes_of_row in zip(packed.tolist(), codes.tolist(), strict=True):
-        for at, byte in enumerate(row):
-            start, j = at // (block // per) * block, at % (block // per)
-            for part in range(per):
-                element = start + j + part * (block // per)
-                code = codes_of_row[element] if element < columns else 0
-                stored = int(code > 0) if scheme.kind == "binary" else code % 2**bits
-                assert byte >> (bits * part) & (2**bits - 1) == stored
+    for plane in planes(columns, scheme):
+        per = 8 // plane.width
+        share = plane.block // per
+        for row, codes_of_row in zip(packed[:, start : start + plane.nbytes].tolist(), codes.tolist(), strict=True):
+            for at, byte in enumerate(row):
+                for part in range(per):
+                    element = at // share * plane.block + at % share + part * share
+                    code = codes_of_row[element] if element < columns else 0
+                    stored = int(code > 0) if scheme.kind == "binary" else code % 2**scheme.bits
+                    assert byte >> (plane.width * part) & (2**plane.width - 1) == stored >> plane.shift & (
+                        2**plane.width - 1
+                    )
+        start += plane.nbytes
+    assert start == packed.shape[1]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.bits}bit")
+@pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("columns", [1, 7, 8, 40])
-@pytest.mark.parametrize("signed", [True, False])
-def test_every_layout_holds_every_code(layout: Layout, columns: int, signed: bool) -> None:
-    low, high = (-(2 ** (layout.bits - 1)), 2 ** (layout.bits - 1) - 1) if signed else (0, 2**layout.bits - 1)
-    dtype = torch.int8 if signed else torch.uint8
-    span = torch.arange(high - low + 1) + low
-    codes = span.repeat(columns).reshape(-1, columns).to(dtype)
-    per = 8 // layout.bits
-    block = -(-columns // per) * per
-    found = layout.unpack(layout.pack(codes, block), columns, block, signed)
-    assert torch.equal(found.to(dtype), codes)
+@pytest.mark.parametrize("kind", ["symmetric", "asymmetric"])
+def test_every_layout_holds_every_code(bits: int, columns: int, kind: Any) -> None:
+    scheme = Scheme(bits=bits, kind=kind)
+    span = torch.arange(scheme.qmin, scheme.qmax + 1)
+    codes = span.repeat(columns).reshape(-1, columns).to(scheme.code_dtype)
+    assert torch.equal(unpack(pack(codes, scheme), columns, scheme), codes)
 
 
 def test_two_halves_of_a_group_share_bytes() -> None:
@@ -96,9 +98,15 @@ def test_two_halves_of_a_group_share_bytes() -> None:
     assert [hex(b) for b in pack(codes, scheme)[0].tolist()] == ["0x31", "0x42", "0x75", "0x86"]
 
 
-def test_layouts_go_from_narrow_to_wide() -> None:
-    assert [layout.bits for layout in LAYOUTS] == [1, 2, 4, 8]
-    assert [layout_of(Scheme(bits=b)).bits for b in range(2, 9)] == [2, 4, 4, 8, 8, 8, 8]
+def test_the_third_bit_lies_in_a_plane_of_its_own() -> None:
+    scheme = Scheme(bits=3, kind="asymmetric")
+    codes = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 0]], dtype=torch.uint8)
+    low = [1 | 3 << 2 | 1 << 4 | 3 << 6, 2 | 0 << 2 | 2 << 4 | 0 << 6]  # elements 0, 2, 4, 6 and 1, 3, 5, 7, modulo 4
+    assert pack(codes, scheme)[0].tolist() == [*low, 0b01111000]
+
+
+def test_planes_add_up_to_the_bits() -> None:
+    assert {bits: sum(widths) for bits, widths in LAYOUTS.items()} == {bits: bits for bits in range(1, 9)}
 
 
 def test_more_than_8_bits_is_an_error() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dwindle.runtime import numerics
 from dwindle.runtime.errors import SchemeError
-from dwindle.runtime.layout import layout_of
+from dwindle.runtime.layout import row_nbytes
 from dwindle.runtime.qtensor import QTensor
 from dwindle.runtime.scheme import Scheme
 
@@ -50,7 +50,7 @@ def test_nbytes_is_what_the_formula_says(case: tuple[Scheme, tuple[int, ...]]) -
     row = weight(*shape)[0].numel()
     scales = numerics.parameters(weight(*shape), scheme).scale.numel()
     parameters = 2 if scheme.kind == "asymmetric" else 1
-    assert q.nbytes == shape[0] * -(-row * layout_of(scheme).bits // 8) + 4 * scales * parameters
+    assert q.nbytes == shape[0] * row_nbytes(row, scheme) + 4 * scales * parameters
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@
     zeros    (N, ceil(ceil(K / block) * bits / 8)) uint8, absent where every one is 2^(bits - 1)
     value    (stored - zero) * scale
 
-Codes are stored plus 2^(bits - 1) where they are signed. One bit is stored as two.
+Codes are stored plus 2^(bits - 1) where they are signed. Bits are 2, 4 or 8: three are stored as four.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ExportError
-from ..layout import layout_of, unpack
+from ..layout import unpack
 from ..scheme import Scheme
 
 # Sizes with a kernel that computes in int8, the widest first: fewer scales are read.
@@ -34,8 +34,8 @@ class NBits:
 
 
 def onnx_bits(scheme: Scheme) -> int:
-    """Bits of a stored code: 2, 4 or 8."""
-    return max(2, layout_of(scheme).bits)
+    """Bits of a stored code: 2, 4 or 8, the fewest that hold it."""
+    return next(bits for bits in (2, 4, 8) if bits >= scheme.bits)
 
 
 def nbits_weight(packed: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, columns: int) -> NBits:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layout import block_of, layout_of
+from ..layout import Plane, is_signed, planes
 from ..scheme import Scheme
 
 SHIFT = 128
@@ -122,19 +122,28 @@ def floating(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 def unpacked(packed: Tensor, columns: int, scheme: Scheme) -> Tensor:
     """fp32 codes (rows, columns) of packed ones, by arithmetic that ONNX has on every type: see `layout`."""
-    bits, signed = layout_of(scheme).bits, scheme.kind in ("symmetric", "ternary")
-    if bits == 8:
+    if scheme.bits == 8:
         return packed.float()
-    per, block = 8 // bits, block_of(columns, scheme)
-    rest = packed.float().reshape(packed.shape[0], -1, 1, block // per)
-    fields = []
-    for _ in range(per):
-        above = torch.floor(rest * 2.0**-bits)
-        field = rest - above * 2.0**bits
-        fields.append(torch.where(field >= 2 ** (bits - 1), field - 2**bits, field) if signed else field)
-        rest = above
-    codes = torch.cat(fields, 2).reshape(packed.shape[0], -1)[:, :columns]
+    parts = list(planes(columns, scheme))
+    rows = packed.split([plane.nbytes for plane in parts], 1)
+    fields = [_fields(own, plane)[:, :columns] for plane, own in zip(parts, rows, strict=True)]
+    codes = fields[0]
+    for plane, higher in zip(parts[1:], fields[1:], strict=True):
+        codes = codes + higher * 2.0**plane.shift
+    if is_signed(scheme):
+        codes = torch.where(codes >= 2 ** (scheme.bits - 1), codes - 2**scheme.bits, codes)
     return codes * 2 - 1 if scheme.kind == "binary" else codes
+
+
+def _fields(packed: Tensor, plane: Plane) -> Tensor:
+    """fp32 (rows, K), unsigned, K rounded up to whole blocks."""
+    per = 8 // plane.width
+    rest, fields = packed.float().reshape(packed.shape[0], -1, 1, plane.block // per), []
+    for _ in range(per):
+        above = torch.floor(rest * 2.0**-plane.width)
+        fields.append(rest - above * 2.0**plane.width)
+        rest = above
+    return torch.cat(fields, 2).reshape(packed.shape[0], -1)
 
 
 def _values(packed: Tensor, scale: Tensor, zero: Tensor | None, columns: int, spelled: str) -> Tensor:
