@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from dwindle.frontends.assets import AUSTEN, GLASSLLM, AssetError, fetch
-from dwindle.frontends.sentiment import evaluating
+from dwindle.frontends.modes import evaluating
 from dwindle.runtime.errors import CalibrationError
 
 WINDOW = 128

@@ -14,21 +14,18 @@ import argparse
 import functools
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import timing  # before torch
 import numpy as np
+import timing  # before torch
 from language import evaluate_language, load_austen, load_glass
 from results import Point, Results
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from training import BATCH, LANGUAGE, SENTIMENT, random_windows, shuffled, train
 
 import dwindle
-from dwindle.frontends.retrieval import paired_difference
 from dwindle.frontends.sentiment import evaluate_sentiment, load_classifier, sentiment_task
 
 TOKENWISE = {"bits": 8, "range": "dynamic"}
@@ -138,7 +135,9 @@ def sentiment() -> Task:
         signs = "".join(map(str, found.predictions))
         return {"accuracy": found.accuracy, "correlation": found.correlation, "scores": scores, "signs": signs}
 
-    return Task(lambda s: load_classifier(seed=s, quiet=True), lambda s: shuffled(task.train, seed=s), evaluate, SENTIMENT)
+    return Task(
+        lambda s: load_classifier(seed=s, quiet=True), lambda s: shuffled(task.train, seed=s), evaluate, SENTIMENT
+    )
 
 
 @functools.cache
@@ -165,8 +164,20 @@ def measured(task: Task, run: Run, seed: int) -> Point:
     if run.recipe is None:
         train(model, batches, **task.settings, seed=seed)
         trained = time.process_time()
-        point = task.evaluate(model) if run.afterwards is None else _finished(task, dwindle.compress(
-            model, run.afterwards, inputs={"input_ids": first["input_ids"]} if "attention_mask" not in first else {k: first[k] for k in ("input_ids", "attention_mask")}))
+        point = (
+            task.evaluate(model)
+            if run.afterwards is None
+            else _finished(
+                task,
+                dwindle.compress(
+                    model,
+                    run.afterwards,
+                    inputs={"input_ids": first["input_ids"]}
+                    if "attention_mask" not in first
+                    else {k: first[k] for k in ("input_ids", "attention_mask")},
+                ),
+            )
+        )
         return {**point, "training CPU s": trained - started}
     student = dwindle.prepare(model, run.recipe, inputs=first)
     drops: list[Any] = []
@@ -217,7 +228,15 @@ def main() -> None:
         for run in table.runs:
             if arguments.runs and run.name not in arguments.runs:
                 continue
-            configuration = {"task": table.task, "run": run.name, "seed": seed, "batch": BATCH, **task.settings, "recipe": run.recipe, "afterwards": run.afterwards}
+            configuration = {
+                "task": table.task,
+                "run": run.name,
+                "seed": seed,
+                "batch": BATCH,
+                **task.settings,
+                "recipe": run.recipe,
+                "afterwards": run.afterwards,
+            }
             point = results.point(configuration, functools.partial(measured, task, run, seed))
             print(run.name, seed, {k: v for k, v in point.items() if k not in ("scores", "signs", "bits")}, flush=True)
 

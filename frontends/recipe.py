@@ -23,6 +23,7 @@ from .settings import (
     ActivationSettings,
     AdaptiveSettings,
     Calibration,
+    DistillSettings,
     QuantizeEntry,
     ScheduleSettings,
     SensitivitySettings,
@@ -38,6 +39,7 @@ class Recipe(Strict):
     """Everything that is to be done to a model. An empty recipe changes nothing.
 
     schedule, sensitivity: of training, for all entries without a schedule of their own; seed: of stochastic rounding
+    distill: what a teacher counts for in `student.loss`
     """
 
     name: str = ""
@@ -45,6 +47,7 @@ class Recipe(Strict):
     calibration: Calibration = Calibration()
     schedule: ScheduleSettings | None = None
     sensitivity: SensitivitySettings | None = None
+    distill: DistillSettings = DistillSettings()
     seed: int = 0
 
     @staticmethod
@@ -144,6 +147,7 @@ def _fields_at(path: tuple[int | str, ...]) -> list[str]:
         "activation": ActivationSettings,
         "calibration": Calibration,
         "sensitivity": SensitivitySettings,
+        "distill": DistillSettings,
         **SCHEDULES,
     }
     names = [part for part in path if part in inside]

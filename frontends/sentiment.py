@@ -15,8 +15,7 @@ import copy
 import functools
 import hashlib
 import tarfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from ..runtime.errors import CalibrationError, MissingDependencyError
 from .assets import SENTIMENT, AssetError, fetch, load_minilm
+from .modes import evaluating
 
 TRAIN, TEST = 8000, 2072  # sentences
 LENGTH = 48  # tokens; 3.8 % of the sentences are cut
@@ -161,20 +161,6 @@ def load_classifier(*, seed: int = 0, quiet: bool = False) -> nn.Module:
     model.bert = encoder
     encoder.get_submodule("embeddings").requires_grad_(False)
     return model.eval()
-
-
-@contextmanager
-def evaluating(model: object) -> Iterator[None]:
-    """No gradients inside; a module is in eval mode there, and afterwards in the mode it had."""
-    training = isinstance(model, nn.Module) and model.training
-    with torch.no_grad():
-        if isinstance(model, nn.Module):
-            model.eval()
-        try:
-            yield
-        finally:
-            if isinstance(model, nn.Module):
-                model.train(training)
 
 
 def evaluate_sentiment(model: Callable[..., Any], task: SentimentTask | None = None) -> SentimentResult:

@@ -200,15 +200,9 @@ class ActivationSettings(Strict):
             raise SchemeError(
                 "a static activation has one scale", required="granularity 'tensor'", found=repr(granularity)
             )
-        if self.bits != 8 or self.kind not in ("symmetric", "asymmetric"):
+        if not 2 <= self.bits <= 8 or self.kind not in ("symmetric", "asymmetric"):
             raise SchemeError(
-                "activations", required="8 bits, symmetric or asymmetric", found=f"{self.bits} {self.kind}"
-            )
-        if self.range == "dynamic" and self.kind != "symmetric":
-            raise SchemeError(
-                "a dynamic activation is symmetric",
-                required="kind 'symmetric', or range 'static'",
-                found=repr(self.kind),
+                "activations", required="2 to 8 bits, symmetric or asymmetric", found=f"{self.bits} {self.kind}"
             )
         if granularity in SIZED or granularity == "channel":
             raise SchemeError(
@@ -274,6 +268,13 @@ class Calibration(Strict):
     def observer(self) -> Observer:
         """A fresh accumulator."""
         return Observer(method=self.method, momentum=self.momentum, percentile=self.percentile)
+
+
+class DistillSettings(Strict):
+    """How a student learns from a teacher: task loss + `weight` times the divergence of logits at `temperature`."""
+
+    weight: float = Field(default=1.0, ge=0)
+    temperature: float = Field(default=1.0, gt=0)
 
 
 def _fields(settings: Strict) -> dict[str, Any]:

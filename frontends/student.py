@@ -8,8 +8,8 @@ change lies in buffers, so no step traces anything anew.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,10 @@ from ..passes.certify import certify, tensor_sizes
 from ..passes.driver import Driver
 from ..passes.pipeline import Job
 from ..passes.quantize.course import Course, Drop
+from ..passes.quantize.live import is_empty
 from ..runtime.compressed import Compressed
 from ..runtime.contract import Signature
-from ..runtime.errors import ScheduleError
+from ..runtime.errors import CalibrationError, ScheduleError
 from ..runtime.model import GraphModel
 from ..runtime.plan import Plan
 from ..runtime.program import Program
@@ -39,6 +40,7 @@ from .compress import (
     require_original,
     verification_inputs,
 )
+from .distill import task_loss, total_loss
 from .forecast import Forecast, forecast
 from .inputs import as_arguments
 from .measure import measure
@@ -57,8 +59,10 @@ class Student(GraphModel):
     recipe: Recipe
     example: Mapping[str, Any]
     pacer: Pacer
+    _teacher: tuple[nn.Module, ...] = ()  # in a tuple, so that it is no part of the student
+    _unseen: Sequence[str] = ()  # weights whose inputs' static ranges may be empty yet
     _following: bool = False
-    _last: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    _again: Closure | None = None
     _loss: Tensor | None = None
 
     @property
@@ -67,11 +71,42 @@ class Student(GraphModel):
         return self.pacer.course
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._unseen and not self.training:
+            self._require_ranges()
         output = super()._call(args, kwargs)
         if self.training and not torch.compiler.is_compiling():
-            self._last, loss = (args, kwargs), getattr(output, "loss", None)
-            self._loss = loss.detach() if isinstance(loss, Tensor) else None
+            self._remember(task_loss(output), lambda: cast(Tensor, task_loss(self._call(args, kwargs))))
         return output
+
+    def _require_ranges(self) -> None:
+        """Static ranges are observed in training mode; before that there is nothing to quantise by."""
+        self._unseen = [fqn for fqn in self._unseen if is_empty(self.store, fqn)]
+        if self._unseen:
+            raise CalibrationError(
+                f"the inputs of {len(self._unseen)} weights have static ranges that nothing was seen of",
+                required="a call in training mode, or data",
+                found=f"eval mode before either, for {self._unseen[0]}",
+                cure="prepare(..., data=batches), or train first, or choose range 'dynamic'",
+            )
+
+    def _remember(self, loss: Tensor | None, again: Closure) -> None:
+        """The loss of the last batch, and how to compute it once more: what `step` goes by."""
+        self._loss, self._again = (None, None) if loss is None else (loss.detach(), again)
+
+    def loss(self, batch: Any, *, model: Callable[..., Any] | None = None) -> Tensor:
+        """The loss to minimise: the task's, as the model computes it from labels, and the teacher's where there is one.
+
+        batch: a dict of the forward's arguments, a tuple of them, or a tensor; the recipe's `distill` weighs the two
+        model: what to call in place of the student: itself wrapped by DistributedDataParallel or torch.compile
+        Raises DistillationError where there is neither, or where student and teacher cannot be compared.
+        """
+        arguments, teacher = as_arguments(self, batch), next(iter(self._teacher), None)
+        settings, call = self.recipe.distill, model or self
+        output = call(**arguments)
+        found = total_loss(output, arguments, teacher, weight=settings.weight, temperature=settings.temperature)
+        if self.training:
+            self._remember(found, lambda: self.loss(batch))
+        return found
 
     def step(self, loss: Tensor | float | None = None, *, closure: Closure | None = None) -> list[Drop]:
         """An optimizer step is done: schedules advance. Returns what changed its bits.
@@ -105,17 +140,9 @@ class Student(GraphModel):
         return stop
 
     def _advance(self, loss: Tensor | float | None = None, closure: Closure | None = None) -> list[Drop]:
-        again = self._again if self._loss is not None else None
-        drops = self.pacer.advance(self._loss if loss is None else loss, closure or again)
-        self._last = self._loss = None
+        drops = self.pacer.advance(self._loss if loss is None else loss, closure or self._again)
+        self._loss = self._again = None
         return drops
-
-    def _again(self) -> Tensor:
-        """The loss of the last batch once more."""
-        assert self._last is not None
-        args, kwargs = self._last
-        loss: Tensor = super()._call(args, kwargs).loss
-        return loss
 
     def forecast(self, total_steps: int) -> Forecast:
         """At which step each weight gets which bits, and what is not over after `total_steps`."""
@@ -220,12 +247,15 @@ def prepare(
     recipe: RecipeSource = "zeroquant-w8a8",
     *,
     inputs: Any = None,
+    teacher: nn.Module | None = None,
     data: Iterable[Any] | None = None,
     total_steps: int | None = None,
     dynamic_shapes: DynamicShapes | None = None,
 ) -> Student:
     """A trainable copy of `model` with the recipe's quantisation simulated; arguments as for `compress`.
 
+    teacher: a model with the same call whose logits `student.loss` learns from, such as `model` itself; it is not
+        copied, trained or saved
     total_steps: optimizer steps that are planned; a schedule that does not end within them is refused.
     The student is in the model's mode. Parameters and buffers are clones with the model's names and
     requires_grad; an empty recipe trains exactly as the model does. Static ranges are observed in training, from
@@ -254,6 +284,8 @@ def prepare(
 
     student = Student.named(model, "Student")(store, plan, signature, grow=grow, attributes=forwarded(model))
     student.recipe, student.example = recipe, arguments
+    student._unseen = [edit.fqn for edit in plan if edit.static]
+    student._teacher = () if teacher is None else (teacher,)
     student.pacer = Pacer(course, recipe.sensitivity, recipe.adaptive())
     student.add(program)
     if total_steps is not None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..passes.fold import BATCH_NORM_INTO_CONV
-from ..passes.lower import ASYMMETRIC_SHIFT, corrected_bias_name
+from ..passes.lower import asymmetric_shift, corrected_bias_name, sums_name
 from ..passes.verify import difference
 from ..runtime.compressed import Compressed
 from ..runtime.contract import Signature
@@ -120,17 +120,19 @@ def _replace(model: nn.Module, fqn: str, edit: Quantize, small: Compressed) -> N
 def _linear(
     weight: QTensor, bias: Tensor | None, dtype: torch.dtype, bias_name: str, edit: Quantize, small: Compressed
 ) -> QuantizedLinear:
-    granularity = edit.activation.granularity if edit.activation is not None else None
-    if not edit.static:
-        return QuantizedLinear(weight, bias, activation=granularity, dtype=dtype)
+    activation = edit.activation
+    if not edit.static or activation is None:
+        sums = small.store.get(sums_name(edit.fqn))
+        sums = sums if isinstance(sums, Tensor) else None
+        return QuantizedLinear(weight, bias, activation=activation, dtype=dtype, weight_sums=sums)
     stored = [small.store.get(n) for n in (input_scale_name(edit.fqn), input_zero_name(edit.fqn))]
     scale, zero = (t if isinstance(t, Tensor) else None for t in stored)
-    zero = zero - ASYMMETRIC_SHIFT if zero is not None else None
+    zero = zero - asymmetric_shift(activation) if zero is not None else None
     corrected = small.store.get(
         corrected_bias_name(edit.fqn, None if bias is None else small.store.canonical(bias_name))
     )
     bias = corrected if isinstance(corrected, Tensor) else bias
-    return QuantizedLinear(weight, bias, activation=granularity, dtype=dtype, input_scale=scale, input_zero_point=zero)
+    return QuantizedLinear(weight, bias, activation=activation, dtype=dtype, input_scale=scale, input_zero_point=zero)
 
 
 def _verify(small: Compressed, copied: nn.Module, model: nn.Module, inputs: Any) -> None:

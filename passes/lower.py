@@ -6,8 +6,10 @@
     conv2d(fake(x), fake(W), b)    ->  qconv2d(quantize(x), packed W, b)
     anything else on fake(W)       ->  the same on dequantize(packed W): smaller, not faster
 
-Activations that are asymmetric and static meet (c - z) W = c W - z sum(W): the second term is a constant and goes
-into the bias.
+Asymmetric activations meet (c - z) W = c W - z sum(W). Of static ones the second term is a constant and goes into the
+bias; of dynamic ones it is taken off the product:
+
+    linear(fake(x), fake(W), b)    ->  qlinear(codes, packed W, b) - (s_x z) sum(W)
 """
 
 from __future__ import annotations
@@ -21,11 +23,11 @@ from ..runtime.ops.dequantize import DEQUANTIZE
 from ..runtime.ops.qconv2d import QCONV2D
 from ..runtime.ops.qembedding import QEMBEDDING
 from ..runtime.ops.qlinear import QLINEAR, QLINEAR_WEIGHT_ONLY
-from ..runtime.ops.quantize import FAKE_QUANTIZE, QUANTIZE_DYNAMIC, QUANTIZE_STATIC
+from ..runtime.ops.quantize import FAKE_QUANTIZE, QUANTIZE_ASYMMETRIC, QUANTIZE_DYNAMIC, QUANTIZE_STATIC
 from ..runtime.plan import Quantize
 from ..runtime.program import Program
 from ..runtime.qtensor import QTensor
-from ..runtime.scheme import A8_TOKEN, Scheme
+from ..runtime.scheme import Scheme
 from ..runtime.store import Store
 from .fold import folded_bias_name
 from .match import Call, Literal, Match, Maybe, Stored, Var, full_args
@@ -36,11 +38,18 @@ from .rewrite import Rule, apply_rules
 aten = torch.ops.aten
 STAGE = "lower"
 
-# Codes of an asymmetric activation are stored less this, so that they are int8.
-ASYMMETRIC_SHIFT = 128
-
 # Where a fake node keeps the integer nodes made for it, for its other readers.
 CODES = "dwindle_codes"
+
+
+def asymmetric_shift(activation: Scheme) -> int:
+    """Codes of an asymmetric activation are stored less this, so that they are int8."""
+    return int(2 ** (activation.bits - 1))
+
+
+def sums_name(fqn: str) -> str:
+    """Where the sums of each output channel of parameter `fqn` are stored."""
+    return f"{fqn}_sums"
 
 
 def corrected_bias_name(fqn: str, bias: str | None) -> str:
@@ -79,26 +88,30 @@ def _weight_pattern(*, permuted: bool = False) -> Call:
 
 
 def _integer_gemm(program: Program, found: Match) -> str | None:
-    if found["xscheme"] != A8_TOKEN.spell() and Scheme.parse(found["xscheme"]).granularity != "tensor":
+    scheme = Scheme.parse(found["xscheme"])
+    if scheme.granularity not in ("token", "tensor") or scheme.bits > 8:
         return f"no integer form for activations {found['xscheme']}"
     return None
 
 
-def _codes_of(program: Program, found: Match) -> tuple[fx.Node, fx.Node]:
-    """Nodes for the activation's codes and scale; made once and shared by all that read the same fake node."""
+def _codes_of(program: Program, found: Match) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+    """Nodes for an activation's codes, scale and zero point; made once for all that read the same fake node."""
     fake, scheme = found["fx"], Scheme.parse(found["xscheme"])
     if CODES not in fake.meta:
+        fewer = () if scheme.bits == 8 else (scheme.bits,)
         if found["xs"] is None:
-            pair = program.emit(QUANTIZE_DYNAMIC.overload, found["x"], scheme.granularity, like=fake)
-            codes = program.emit(operator.getitem, pair, 0, like=fake)
-            scale = program.emit(operator.getitem, pair, 1, like=fake)
+            asymmetric = scheme.kind == "asymmetric"
+            quantise = QUANTIZE_ASYMMETRIC if asymmetric else QUANTIZE_DYNAMIC
+            parts = program.emit(quantise.overload, found["x"], scheme.granularity, *fewer, like=fake)
+            made = [program.emit(operator.getitem, parts, i, like=fake) for i in range(3 if asymmetric else 2)]
         else:
             zero = _shifted_zero(program, found)
-            codes = program.emit(QUANTIZE_STATIC.overload, found["x"], found["xs"], zero, like=fake)
-            scale = found["xs"]
-        fake.meta[CODES] = (codes, scale)
-    codes, scale = fake.meta[CODES]
-    return codes, scale
+            args = (found["x"], found["xs"], zero, *fewer)
+            made = [program.emit(QUANTIZE_STATIC.overload, *args, like=fake), found["xs"]]
+            made += [] if zero is None else [zero]
+        fake.meta[CODES] = made
+    codes, scale, *zeros = fake.meta[CODES]
+    return codes, scale, zeros[0] if zeros else None
 
 
 def _shifted_zero(program: Program, found: Match) -> fx.Node | None:
@@ -108,15 +121,43 @@ def _shifted_zero(program: Program, found: Match) -> fx.Node | None:
     if program.store.get(name) is None:
         zero = program.store.get(str(found["xz"].target))
         assert isinstance(zero, Tensor)
-        program.store.put(name, zero - ASYMMETRIC_SHIFT)
+        program.store.put(name, zero - asymmetric_shift(Scheme.parse(found["xscheme"])))
     return program.get_attr(name, found["fx"])
 
 
 def _to_qlinear(program: Program, found: Match) -> fx.Node:
-    codes, scale = _codes_of(program, found)
-    bias = _corrected_bias(program, found)
-    args = (codes, scale, found["codes"], found["scale"], found["zero"], bias, found["wscheme"], found["dtype"])
-    return _marked(program.emit(QLINEAR.overload, *args, like=found.root), found.root)
+    codes, scale, zero = _codes_of(program, found)
+    bias, dtype = _corrected_bias(program, found), found["dtype"]
+    moving = zero if found["xs"] is None else None
+    args = (codes, scale, found["codes"], found["scale"], found["zero"], bias, found["wscheme"])
+    y = program.emit(QLINEAR.overload, *args, dtype if moving is None else torch.float32, like=found.root)
+    return _marked(y if moving is None else _without_zero(program, found, y, scale, moving, dtype), found.root)
+
+
+def _without_zero(
+    program: Program, found: Match, y: fx.Node, scale: fx.Node, zero: fx.Node, dtype: torch.dtype
+) -> fx.Node:
+    """y - (s_x z) sum(W), in fp32, then in the layer's dtype; y (..., N), or (B, N, H, W) of images."""
+    name, like = sums_name(_weight_name(found)), found.root
+    if program.store.get(name) is None:
+        sums = _sums(program, found).float()
+        images = like.target is aten.conv2d.default
+        program.store.put(name, sums.reshape(1, -1, 1, 1) if images else sums)
+    share = program.emit(aten.mul.Tensor, scale, zero, like=like)
+    share = program.emit(aten.mul.Tensor, share, program.get_attr(name, like), like=like)
+    y = program.emit(aten.sub.Tensor, y, share, like=like)
+    return y if dtype == torch.float32 else program.emit(aten.to.dtype, y, dtype, like=like)
+
+
+def _weight_name(found: Match) -> str:
+    return str(found["codes"].target).removesuffix(".codes")
+
+
+def _sums(program: Program, found: Match) -> Tensor:
+    """fp64 (N,): what each output channel's weights add up to."""
+    qtensor = program.store.get(_weight_name(found))
+    assert isinstance(qtensor, QTensor)
+    return qtensor.dequantize().reshape(qtensor.shape[0], -1).double().sum(1)
 
 
 def _corrected_bias(program: Program, found: Match) -> fx.Node | None:
@@ -124,14 +165,12 @@ def _corrected_bias(program: Program, found: Match) -> fx.Node | None:
     bias: fx.Node | None = found["b"]
     if found["xz"] is None:
         return bias
-    fqn = str(found["codes"].target).removesuffix(".codes")
-    name = corrected_bias_name(fqn, program.tensor_of(bias))
+    name = corrected_bias_name(_weight_name(found), program.tensor_of(bias))
     if program.store.get(name) is None:
-        qtensor, scale = program.store.get(fqn), program.store.get(str(found["xs"].target))
-        zero = program.store.get(str(found["xz"].target))
-        assert isinstance(qtensor, QTensor) and isinstance(scale, Tensor) and isinstance(zero, Tensor)
-        columns = qtensor.dequantize().reshape(qtensor.shape[0], -1).double().sum(1)
-        shift = -(zero - ASYMMETRIC_SHIFT).double() * scale.double() * columns
+        scale, zero = (program.store.get(str(found[n].target)) for n in ("xs", "xz"))
+        assert isinstance(scale, Tensor) and isinstance(zero, Tensor)
+        off = asymmetric_shift(Scheme.parse(found["xscheme"]))
+        shift = -(zero - off).double() * scale.double() * _sums(program, found)
         old = program.store.get(str(bias.target)) if bias is not None else None
         program.store.put(name, (shift + old.double() if isinstance(old, Tensor) else shift).float().detach())
     return program.get_attr(name, found.root)
@@ -147,13 +186,13 @@ def _marked(new: fx.Node, old: fx.Node) -> fx.Node:
 def _stored_bias(program: Program, found: Match) -> str | None:
     if found["xz"] is not None and found["b"] is not None and program.tensor_of(found["b"]) is None:
         return "the bias is computed, so the zero point cannot be folded into it"
-    return _integer_gemm(program, found)
+    return None
 
 
 LINEAR_W8A8 = Rule(
     name="lower.qlinear",
     pattern=Call(aten.linear.default, _activation_name(), _weight_pattern(), Maybe("b")),
-    check=_stored_bias,
+    check=lambda program, found: _integer_gemm(program, found) or _stored_bias(program, found),
     replace=_to_qlinear,
     approximate=True,
 )
@@ -196,14 +235,15 @@ EMBEDDING = Rule(
 
 
 def _to_qconv2d(program: Program, found: Match) -> fx.Node:
-    codes, scale = _codes_of(program, found)
+    codes, scale, zero = _codes_of(program, found)
     _, _, _, stride, padding, dilation, groups = full_args(found.root)
     o, kh, kw, c = found["shape"]
     weight = program.emit(aten.view.default, found["codes"], [o, kh, kw, c], like=found.root)
-    pad_code = _shifted_zero(program, found)
-    bias = _corrected_bias(program, found)
-    args = (codes, scale, pad_code, weight, found["scale"], bias, _pair(stride), _pair(padding), _pair(dilation))
-    return _marked(program.emit(QCONV2D.overload, *args, groups, found["dtype"], like=found.root), found.root)
+    bias, dtype = _corrected_bias(program, found), found["dtype"]
+    moving = zero if found["xs"] is None else None
+    args = (codes, scale, zero, weight, found["scale"], bias, _pair(stride), _pair(padding), _pair(dilation), groups)
+    y = program.emit(QCONV2D.overload, *args, dtype if moving is None else torch.float32, like=found.root)
+    return _marked(y if moving is None else _without_zero(program, found, y, scale, moving, dtype), found.root)
 
 
 def _pair(value: list[int]) -> list[int]:
@@ -213,7 +253,7 @@ def _pair(value: list[int]) -> list[int]:
 def _int8_filters(program: Program, found: Match) -> str | None:
     if not found["wscheme"].startswith("8-symmetric-channel"):
         return f"no integer convolution for weights {found['wscheme']}"
-    if Scheme.parse(found["xscheme"]).granularity != "tensor":
+    if Scheme.parse(found["xscheme"]).granularity not in ("image", "tensor"):
         return f"no integer convolution for activations {found['xscheme']}"
     return _stored_bias(program, found)
 

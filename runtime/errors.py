@@ -74,3 +74,7 @@ class MissingDependencyError(DwindleError, ImportError):
 
 class ScheduleError(DwindleError):
     """A training schedule that contradicts itself, does not end within the run, or belongs to another model."""
+
+
+class DistillationError(DwindleError):
+    """A student and a teacher whose outputs cannot be compared."""

@@ -23,11 +23,13 @@ from torch.nn.grad import conv2d_input
 
 from .ops.qconv2d import QCONV2D
 from .ops.qlinear import QLINEAR, QLINEAR_WEIGHT_ONLY, dequantize_packed
-from .ops.quantize import QUANTIZE_DYNAMIC, QUANTIZE_STATIC, in_range
+from .ops.quantize import QUANTIZE_ASYMMETRIC, QUANTIZE_DYNAMIC, QUANTIZE_STATIC, in_range
 from .program import Program
 from .scheme import Scheme
 
 aten = torch.ops.aten
+
+Ranges = tuple[Any, ...]
 
 
 class _Linear(torch.autograd.Function):
@@ -95,8 +97,7 @@ def _kept(grad: Tensor, inside: Tensor | None, dtype: torch.dtype) -> Tensor:
 def through_linear(
     x: Tensor,
     y: Tensor,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
+    ranges: Ranges,
     weight: Tensor,
     scale: Tensor,
     zero_point: Tensor | None,
@@ -104,17 +105,15 @@ def through_linear(
 ) -> Tensor:
     """y, a product of x with the packed weight, differentiable in x.
 
-    input_scale, input_zero_point: of a static activation, as `quantize_static` took them; else None
+    ranges: what `quantize_static` took after x; empty for other activations
     """
-    inside = None if input_scale is None else in_range(x, input_scale, input_zero_point)
+    inside = in_range(x, *ranges) if ranges else None
     found: Tensor = _Linear.apply(x, y, inside, weight, scale, zero_point, scheme)  # type: ignore[no-untyped-call]
     return found
 
 
-def _through_conv2d(
-    x: Tensor, y: Tensor, input_scale: Tensor | None, input_zero_point: Tensor | None, *rest: Any
-) -> Tensor:
-    inside = None if input_scale is None else in_range(x, input_scale, input_zero_point)
+def _through_conv2d(x: Tensor, y: Tensor, ranges: Ranges, *rest: Any) -> Tensor:
+    inside = in_range(x, *ranges) if ranges else None
     found: Tensor = _Conv2d.apply(x, y, inside, *rest)  # type: ignore[no-untyped-call]
     return found
 
@@ -122,10 +121,11 @@ def _through_conv2d(
 def differentiable(program: Program) -> Program:
     """A lowered program once more, on the same store, with gradients that reach its inputs."""
     twin = program.copy()
-    sources: dict[Any, tuple[Any, Any, Any]] = {}  # by the call that detaches x: x, and scale and zero point if static
-    for node in twin.calls(QUANTIZE_DYNAMIC.overload, QUANTIZE_STATIC.overload, QLINEAR_WEIGHT_ONLY.overload):
+    sources: dict[Any, tuple[Any, Ranges]] = {}  # by the call that detaches x: x, and its static range
+    quantising = (op.overload for op in (QUANTIZE_DYNAMIC, QUANTIZE_ASYMMETRIC, QUANTIZE_STATIC))
+    for node in twin.calls(*quantising, QLINEAR_WEIGHT_ONLY.overload):
         x: Any = node.args[0]
-        sources[node] = (x, *(node.args[1:3] if node.target is QUANTIZE_STATIC.overload else (None, None)))
+        sources[node] = (x, tuple(node.args[1:]) if node.target is QUANTIZE_STATIC.overload else ())
         with twin.graph.inserting_before(node):
             node.update_arg(0, twin.graph.call_function(aten.detach.default, (x,)))
     for node in twin.calls(QLINEAR.overload, QLINEAR_WEIGHT_ONLY.overload, QCONV2D.overload):
@@ -134,7 +134,7 @@ def differentiable(program: Program) -> Program:
     return twin
 
 
-def _pass_through(twin: Program, node: fx.Node, sources: Mapping[Any, tuple[Any, Any, Any]]) -> None:
+def _pass_through(twin: Program, node: fx.Node, sources: Mapping[Any, tuple[Any, Ranges]]) -> None:
     args: Any = node.args
     through: Callable[..., Tensor] = through_linear
     if node.target is QLINEAR_WEIGHT_ONLY.overload:
@@ -144,8 +144,8 @@ def _pass_through(twin: Program, node: fx.Node, sources: Mapping[Any, tuple[Any,
         weight = (*args[2:5], args[6])
     if node.target is QCONV2D.overload:
         through, weight = _through_conv2d, (*args[3:5], *args[6:10])
-    x, scale, zero = sources[quantising]
+    x, ranges = sources[quantising]
     with twin.graph.inserting_after(node):
         new = twin.graph.call_function(through, ())
     node.replace_all_uses_with(new)
-    new.args = (x, node, scale, zero, *weight)
+    new.args = (x, node, ranges, *weight)

@@ -82,7 +82,7 @@ def unpack(packed: Tensor, columns: int, scheme: Scheme) -> Tensor:
     if scheme.bits == 8:
         return packed.to(scheme.code_dtype)
     parts = list(planes(columns, scheme))
-    rows, codes = packed.split([plane.nbytes for plane in parts], 1), None
+    rows, codes = torch.split(packed, [plane.nbytes for plane in parts], 1), None
     for plane, own in zip(parts, rows, strict=True):
         fields = _fields(own, plane, columns, signed=is_signed(scheme) and plane is parts[-1])
         codes = fields if codes is None else codes | (fields << plane.shift)

@@ -152,8 +152,9 @@ def _meeting(site: Site, activation: Scheme | None) -> Scheme | None:
     """The scheme of a site's activation: what is token-wise for a linear layer is image-wise for a convolution."""
     if activation is None or site.operator == "embedding":
         return None
-    wise = site.operator.startswith("conv") and activation.granularity == "token"
-    return replace(activation, granularity="image") if wise else activation
+    if activation.granularity == "tensor":
+        return activation
+    return replace(activation, granularity="image" if site.operator.startswith("conv") else "token")
 
 
 def _unfit(program: Program, fqn: str, calls: Sequence[tuple[Site, QuantizeRule | None]]) -> str | None:
@@ -205,8 +206,6 @@ def _affordable(program: Program, site: Site, edit: Quantize) -> Quantize:
     stored = edit.weight.stored
     if site.operator == "conv1d":
         reason = "no integer convolution in one dimension; stored only"
-    elif edit.activation.granularity != "tensor":
-        reason = f"no integer convolution for activations per {edit.activation.granularity}; stored only"
     elif (stored.bits, stored.kind, stored.granularity) != (8, "symmetric", "channel"):
         reason = f"no integer convolution for weights {edit.weight.spell()}; stored only"
     elif site.activation is not None and value_of(site.activation).dim() != 4:

@@ -174,6 +174,12 @@ def place_ranges(
         program.store.put(Gauge(edit.fqn, of_input=True)("range"), torch.stack([low, high]))
 
 
+def is_empty(store: Store, fqn: str) -> bool:
+    """Whether nothing was seen yet of the static range of the activation that meets a weight."""
+    span = Gauge(fqn, of_input=True).tensor(store, "range")
+    return bool(span[0] == span[1])
+
+
 def floating(program: Program, plan: Plan) -> Program:
     """A copy without simulated quantisation, on a store of its own, which shares the program's tensors.
 
@@ -198,15 +204,14 @@ def _put_scales(store: Store, edit: Quantize) -> None:
         step = Gauge(edit.fqn).tensor(store, "step")
         store.put(weight_scale_name(edit.fqn), learned_scale(step.detach()))
     if edit.static and edit.activation is not None:
-        span = Gauge(edit.fqn, of_input=True).tensor(store, "range")
-        if bool(span[0] == span[1]):
+        if is_empty(store, edit.fqn):
             raise CalibrationError(
                 f"the input of {edit.fqn} has a static range that nothing was seen of",
                 required="at least one training step",
                 found="none",
                 cure="train, or choose range 'dynamic'",
             )
-        params = range_params(span, edit.activation)
+        params = range_params(Gauge(edit.fqn, of_input=True).tensor(store, "range"), edit.activation)
         store.put(input_scale_name(edit.fqn), params.scale)
         if params.zero_point is not None:
             store.put(input_zero_name(edit.fqn), params.zero_point)

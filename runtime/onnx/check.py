@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from ..errors import ExportError
 from ..ops.catalog import by_overload
 from ..ops.qlinear import dequantize_packed
-from ..ops.quantize import QUANTIZE_DYNAMIC
+from ..ops.quantize import QUANTIZE_ASYMMETRIC, QUANTIZE_DYNAMIC
 from ..program import Program
 from ..scheme import Scheme
 from .traced import SHIFT, SITE
@@ -163,24 +163,40 @@ class _OnOrtCodes(fx.Interpreter):
         args, _ = self.fetch_args_kwargs_from_env(n)
         return form(n, *args)
 
-    def _quantize_dynamic(self, n: fx.Node, x: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
+    def _quantize_dynamic(self, n: fx.Node, x: Tensor, granularity: str, bits: int = 8) -> tuple[Tensor, Tensor]:
         if n.name not in self.sites:  # merged with an equal one
             own: tuple[Tensor, Tensor] = super().run_node(n)
             return own
         codes, scale, zero = self.sites[n.name]
+        _, unit = QUANTIZE_DYNAMIC.reference(x, granularity if scale.dim() else "tensor", bits)
+        scale, zero = scale.reshape(unit.shape), zero.reshape(unit.shape)
         steps = codes.float() - zero.float()
-        _, unit = QUANTIZE_DYNAMIC.reference(x, granularity if scale.dim() else "tensor")
         self._hold(x.float() / unit, steps * (scale / unit))
         return (steps.to(torch.int8) if bool((zero == SHIFT).all()) else steps), scale
 
-    def _quantize_static(self, n: fx.Node, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    def _quantize_asymmetric(
+        self, n: fx.Node, x: Tensor, granularity: str, bits: int = 8
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        _, unit, own_zero = QUANTIZE_ASYMMETRIC.reference(x, granularity, bits)
+        if n.name not in self.sites:
+            own: tuple[Tensor, Tensor, Tensor] = super().run_node(n)
+            return own
+        codes, scale, stored = self.sites[n.name]
+        scale, zero = scale.reshape(unit.shape), stored.reshape(unit.shape).float() - SHIFT
+        self._hold(own_zero * (unit / scale), zero)
+        low = -(2 ** (bits - 1))
+        taken = _clipped(codes, low, bits)
+        self._hold(_within(x.float() / unit + zero, low, bits), taken)
+        return taken, scale, zero
+
+    def _quantize_static(self, n: fx.Node, x: Tensor, scale: Tensor, zero: Tensor | None, bits: int = 8) -> Tensor:
         if n.name not in self.sites:
             own: Tensor = super().run_node(n)
             return own
-        codes = self.sites[n.name][0].to(torch.int16) - SHIFT
-        place = x.float() / scale + (0 if zero is None else zero)
-        self._hold(place.clamp(-SHIFT, SHIFT - 1), codes)
-        return codes.to(torch.int8)
+        low = -(2 ** (bits - 1)) + (zero is None and bits < 8)  # in 8 bits ORT has one code more than torch
+        taken = _clipped(self.sites[n.name][0], low, bits)
+        self._hold(_within(x.float() / scale + (0 if zero is None else zero), low, bits), taken)
+        return taken
 
     def _hold(self, places: Tensor, codes: Tensor) -> None:
         if codes.numel():
@@ -214,6 +230,15 @@ class _OnOrtCodes(fx.Interpreter):
         w = weight.permute(0, 3, 1, 2).float() * (scale * weight_scale).reshape(-1, 1, 1, 1)
         y: Tensor = F.conv2d(codes, w, bias, *window)
         return y.to(dtype)
+
+
+def _within(places: Tensor, low: int, bits: int) -> Tensor:
+    return places.clamp(low, 2 ** (bits - 1) - 1)
+
+
+def _clipped(codes: Tensor, low: int, bits: int) -> Tensor:
+    """The Program's int8 codes, of ORT's before any clipping to fewer bits."""
+    return _within(codes.to(torch.int16) - SHIFT, low, bits).to(torch.int8)
 
 
 def check(

@@ -1,6 +1,7 @@
 """What our operators compute, as functions that export traces: ATen, and ONNX nodes by name.
 
-Codes are uint8 because the int8 x int8 kernel is about 80 times slower (128x768x768: 23 ms against 0.29).
+Codes are the Program's plus 128, as uint8, because the int8 x int8 kernel is about 80 times slower (128x768x768: 23 ms
+against 0.29).
 Measured on one core with AVX512-VNNI, ORT 1.31.
 """
 
@@ -33,17 +34,64 @@ def onnx(
     return result
 
 
-def per_token(x: Tensor, site: str) -> tuple[Tensor, Tensor]:
+def per_token(x: Tensor, site: str, bits: int) -> tuple[Tensor, Tensor]:
     """uint8 codes and scales (..., 1)."""
     # Slower ways to 384 -> 1536 on 1024 tokens, 2.28 ms: axis=0 on flattened tokens 2.47, MatMulInteger and Cast 2.65
     # (one scale a tensor: 1.78).
     x = x.float()
     # Two reductions, where Abs would write a copy: 1536 -> 384 on 1024 tokens, 1.96 ms against 2.10.
     amax = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))
-    scale = (amax / 127).clamp_min(_TINY)  # (..., 1)
+    scale = (amax / _largest(bits)).clamp_min(_TINY)  # (..., 1)
     zero = torch.full_like(scale, SHIFT, dtype=torch.uint8)
+    return _by_token(x, scale, zero, site), scale
+
+
+def _largest(bits: int) -> int:
+    return int(2 ** (bits - 1) - 1)
+
+
+def _by_token(x: Tensor, scale: Tensor, zero: Tensor, site: str) -> Tensor:
     blocks = {"axis": x.dim() - 1, "block_size": int(x.shape[-1])}
-    return onnx("QuantizeLinear", (x, scale, zero), x.shape, torch.uint8, site=site, **blocks), scale
+    return onnx("QuantizeLinear", (x, scale, zero), x.shape, torch.uint8, site=site, **blocks)
+
+
+def spread(x: Tensor, site: str, granularity: str, bits: int) -> tuple[Tensor, Tensor]:
+    """uint8 codes and scales of an image each (B, 1, 1, 1), or one of a tensor."""
+    x = x.float()
+    low, high = _ends(x, granularity)
+    scale = (torch.maximum(high, -low) / _largest(bits)).clamp_min(_TINY)
+    return _by_image(x, scale, torch.full_like(scale, SHIFT, dtype=torch.uint8), site), scale
+
+
+def asymmetric(x: Tensor, site: str, granularity: str, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """uint8 codes, scales, and fp32 zero points less 128, as the Program has them."""
+    x, shift = x.float(), 2 ** (bits - 1)
+    low, high = _ends(x, granularity)
+    low, high = low.clamp_max(0.0), high.clamp_min(0.0)
+    scale = ((high - low) / (2 * shift - 1)).clamp_min(_TINY)
+    zero = torch.round(-low / scale).clamp(0, 2 * shift - 1) - shift
+    stored = (zero + SHIFT).to(torch.uint8)
+    codes = (_by_token if granularity == "token" else _by_image)(x, scale, stored, site)
+    return _clipped(codes, bits, symmetric=False), scale, zero
+
+
+def _ends(x: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
+    dims = {"token": [-1], "image": list(range(1, x.dim())), "tensor": list(range(x.dim()))}[granularity]
+    keep = granularity != "tensor"
+    return torch.amin(x, dims, keepdim=keep), torch.amax(x, dims, keepdim=keep)
+
+
+def _by_image(x: Tensor, scale: Tensor, zero: Tensor, site: str) -> Tensor:
+    if not scale.dim():
+        return onnx("QuantizeLinear", (x, scale, zero), x.shape, torch.uint8, site=site)
+    inputs = (x, scale.reshape(-1), zero.reshape(-1))
+    return onnx("QuantizeLinear", inputs, x.shape, torch.uint8, site=site, axis=0)
+
+
+def _clipped(codes: Tensor, bits: int, *, symmetric: bool) -> Tensor:
+    """QuantizeLinear saturates at 8 bits alone, and there at -128 too."""
+    largest = _largest(bits)
+    return codes if bits == 8 else codes.clamp(SHIFT - largest - (not symmetric), SHIFT + largest)
 
 
 def per_tensor(x: Tensor, site: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,9 +107,10 @@ def per_tensor(x: Tensor, site: str) -> tuple[Tensor, Tensor, Tensor]:
     return codes, scale, zero
 
 
-def static(x: Tensor, scale: Tensor, zero: Tensor, site: str) -> Tensor:
+def static(x: Tensor, scale: Tensor, zero: Tensor, site: str, bits: int, symmetric: bool) -> Tensor:
     """uint8 codes."""
-    return onnx("QuantizeLinear", (x.float(), scale, zero), x.shape, torch.uint8, site=site)
+    codes = onnx("QuantizeLinear", (x.float(), scale, zero), x.shape, torch.uint8, site=site)
+    return _clipped(codes, bits, symmetric=symmetric)
 
 
 def _gemm(codes: Tensor, weight: Tensor, scale: Tensor, weight_scale: Tensor, zero: Tensor, bias: Any) -> Tensor:
@@ -125,7 +174,7 @@ def unpacked(packed: Tensor, columns: int, scheme: Scheme) -> Tensor:
     if scheme.bits == 8:
         return packed.float()
     parts = list(planes(columns, scheme))
-    rows = packed.split([plane.nbytes for plane in parts], 1)
+    rows = torch.split(packed, [plane.nbytes for plane in parts], 1)
     fields = [_fields(own, plane)[:, :columns] for plane, own in zip(parts, rows, strict=True)]
     codes = fields[0]
     for plane, higher in zip(parts[1:], fields[1:], strict=True):
@@ -195,11 +244,37 @@ def convolution(
     dtype: torch.dtype,
     requantised: bool,
 ) -> Tensor:
-    """NCHW codes, OIHW weight int8. requantised: what follows is a QuantizeLinear, maybe after an activation."""
+    """NCHW codes, OIHW weight int8; scale and zero one a tensor or an image.
+
+    requantised: what follows is a QuantizeLinear, maybe after an activation.
+    """
     # ConvInteger would be no better: 64 channels of 56x56, 3x3: 5.97 ms, fp32 1.00, QLinearConv .37.
-    x = onnx("DequantizeLinear", (codes, scale, zero), codes.shape, torch.float32)
+    if scale.dim():
+        x = (codes.float() - zero.float()) * scale
+    else:
+        x = onnx("DequantizeLinear", (codes, scale, zero), codes.shape, torch.float32)
     if requantised:
         w = onnx("DequantizeLinear", (weight, weight_scale), weight.shape, torch.float32, axis=0)
     else:  # arithmetic, which a session does once on loading, where it would leave DequantizeLinear for each run
         w = weight.float() * weight_scale.reshape(-1, 1, 1, 1)
     return torch.nn.functional.conv2d(x, w, bias, stride, padding, dilation, groups).to(dtype)
+
+
+def asymmetric_convolution(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The product of codes whose zero point is this call's, as qconv2d has it: the Program takes that off next."""
+    w = weight.float() * weight_scale.reshape(-1, 1, 1, 1)
+    x = (codes.float() - (zero + SHIFT)) * scale  # padding is zero here, and the zero point there
+    y = torch.nn.functional.conv2d(x, w, bias, stride, padding, dilation, groups)
+    return (y + scale * zero * w.sum((1, 2, 3)).reshape(1, -1, 1, 1)).to(dtype)

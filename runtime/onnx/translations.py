@@ -1,7 +1,8 @@
 """Our operators as ONNX Runtime's CPU provider wants them: Program -> a graph of ATen and ONNX nodes.
 
     quantize_dynamic   per token: QuantizeLinear with one scale a row (block_size = K), codes + 128 as uint8
-                       per tensor: DynamicQuantizeLinear
+                       per tensor: DynamicQuantizeLinear; per image or with fewer bits: QuantizeLinear
+    quantize_asymmetric  QuantizeLinear with a zero point a row, image or tensor
     quantize_static    QuantizeLinear
     qlinear            MatMulIntegerToFloat, uint8 x int8 with weights (K, N); groups: MatMulNBits
                        a static zero point is in the bias already, so 128 is taken off such codes
@@ -143,9 +144,20 @@ def _name(node: fx.Node) -> str:
 # Activations
 
 
-def _quantize_dynamic(t: _Translation, node: fx.Node, x: fx.Node, granularity: str) -> fx.Node:
-    per_token = granularity == "token" and not (t.fast and not _narrows(node))
-    node.target, node.args, node.kwargs = (traced.per_token if per_token else traced.per_tensor), (x, node.name), {}
+def _quantize_dynamic(t: _Translation, node: fx.Node, x: fx.Node, granularity: str, bits: int) -> fx.Node:
+    fast = bits == 8 and (granularity == "tensor" or (t.fast and not _narrows(node)))
+    if fast:
+        node.target, node.args = traced.per_tensor, (x, node.name)
+    elif granularity == "token":
+        node.target, node.args = traced.per_token, (x, node.name, bits)
+    else:
+        node.target, node.args = traced.spread, (x, node.name, granularity, bits)
+    node.kwargs = {}
+    return node
+
+
+def _quantize_asymmetric(t: _Translation, node: fx.Node, x: fx.Node, granularity: str, bits: int) -> fx.Node:
+    node.target, node.args, node.kwargs = traced.asymmetric, (x, node.name, granularity, bits), {}
     return node
 
 
@@ -162,8 +174,10 @@ def _is_ours(node: fx.Node, name: str) -> bool:
     return ours is not None and ours.name == name
 
 
-def _quantize_static(t: _Translation, node: fx.Node, x: fx.Node, scale: fx.Node, zero: fx.Node | None) -> fx.Node:
-    return t.call(traced.static, x, scale, _unsigned_zero(t, zero), node.name)
+def _quantize_static(
+    t: _Translation, node: fx.Node, x: fx.Node, scale: fx.Node, zero: fx.Node | None, bits: int
+) -> fx.Node:
+    return t.call(traced.static, x, scale, _unsigned_zero(t, zero), node.name, bits, zero is None)
 
 
 def _unsigned_zero(t: _Translation, zero: fx.Node | None) -> fx.Node | None:
@@ -298,6 +312,8 @@ def _qconv2d(
     assert stored is not None
     oihw = t.constant(f"{_name(weight)}_oihw", stored.permute(0, 3, 1, 2).contiguous())
     off = _zero_of(t, codes)
+    if zero is not None and zero.op == "call_function":
+        return t.call(traced.asymmetric_convolution, codes, scale, zero, oihw, weight_scale, bias, *rest)
     if zero is not None:
         off, bias = _unsigned_zero(t, zero), _plain_bias(t, scale, zero, stored, weight_scale, bias)
     return t.call(traced.convolution, codes, scale, off, oihw, weight_scale, bias, *rest, _requantised(node))
@@ -327,6 +343,7 @@ def _requantised(node: fx.Node) -> bool:
 
 FORMS: dict[str, Callable[..., fx.Node]] = {
     "quantize_dynamic": _quantize_dynamic,
+    "quantize_asymmetric": _quantize_asymmetric,
     "quantize_static": _quantize_static,
     "qlinear": _qlinear,
     "qlinear_weight_only": _weight_only,

@@ -9,7 +9,7 @@ from .operator import NAMESPACE, Operator
 from .qconv2d import QCONV2D
 from .qembedding import QEMBEDDING
 from .qlinear import QLINEAR, QLINEAR_WEIGHT_ONLY
-from .quantize import FAKE_QUANTIZE, QUANTIZE_DYNAMIC, QUANTIZE_STATIC
+from .quantize import FAKE_QUANTIZE, QUANTIZE_ASYMMETRIC, QUANTIZE_DYNAMIC, QUANTIZE_STATIC
 from .training import FAKE_QUANTIZE_LEARNED, FAKE_QUANTIZE_LIVE, FAKE_QUANTIZE_RANGED, OBSERVE_RANGE
 
 OPS: tuple[Operator, ...] = (
@@ -19,6 +19,7 @@ OPS: tuple[Operator, ...] = (
     FAKE_QUANTIZE_LEARNED,
     OBSERVE_RANGE,
     QUANTIZE_DYNAMIC,
+    QUANTIZE_ASYMMETRIC,
     QUANTIZE_STATIC,
     QLINEAR,
     QLINEAR_WEIGHT_ONLY,

@@ -3,7 +3,7 @@
     y[b, o, p] = s_x s_w[o] sum_k W[o, k] patch[b, p, k] + bias[o]
 
 codes (B, C, H, W) int8 of any memory format, weight (O, kh, kw, C / groups) int8: patches are runs of C in a
-channels-last input, so gathering them is a few large copies. s_x is () and s_w is (O,). The result is
+channels-last input, so gathering them is a few large copies. s_x is () or (B, 1, 1, 1), s_w is (O,). The result is
 (B, O, H', W') in channels-last memory. Grouped convolution runs on fp32 copies of the codes: exact while a
 filter has at most 1,040 weights, since 127^2 * 1040 < 2^24. Larger ones are not handled, and no pass makes any:
 grouped convolutions are stored in 8 bits and computed in floating point.

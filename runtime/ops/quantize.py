@@ -1,10 +1,11 @@
-"""Quantising activations: dynamic (per token or per tensor) and static, and fake-quantise for training.
+"""Quantising activations: dynamic (per token, image or tensor) and static, and fake-quantise for training.
 
-    dynamic   s = amax / 127 per row or per tensor; code = rint(x / s); symmetric int8
-    static    code = clamp(rint(x / s) + z, -128, 127), s and z calibrated scalars
+    dynamic      s = amax / q, q = 2^(b-1) - 1; code = rint(x / s)
+    asymmetric   s and z of each call's range; code = clamp(rint(x / s) + z, -q - 1, q)
+    static       the same with calibrated scalars, or clamp(rint(x / s), -q, q)
 
-An asymmetric zero point (0..255) is stored less 128, so that codes are int8 for `torch._int_mm`; the bits
-ORT keeps as uint8 with zero point z + 128 differ by that constant alone.
+All codes are int8, also of fewer bits b. An asymmetric zero point (0 .. 2^b - 1) is stored less 2^(b-1), so that
+codes are int8 for `torch._int_mm`; the bits ORT keeps as uint8 with zero point z + 128 differ by that constant alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from .. import numerics
 from ..errors import DwindleError
 from ..numerics import Params
-from ..scheme import A8_TENSOR, A8_TOKEN, Scheme
+from ..scheme import Granularity, Scheme
 from .operator import Kernel, Operator, wants_gradient
 
 
@@ -35,15 +36,25 @@ def _require_no_gradient(x: Tensor) -> None:
         )
 
 
-def _dynamic_reference(x: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
+def _dynamic_reference(x: Tensor, granularity: Granularity, bits: int = 8) -> tuple[Tensor, Tensor]:
     _require_no_gradient(x)
-    scheme = A8_TOKEN if granularity == "token" else A8_TENSOR
+    scheme = Scheme(bits=bits, granularity=granularity)
     params = numerics.parameters(x, scheme)
     return numerics.quantize(x, params, scheme), params.scale
 
 
+def _asymmetric_reference(x: Tensor, granularity: Granularity, bits: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    _require_no_gradient(x)
+    scheme, shift = Scheme(bits=bits, kind="asymmetric", granularity=granularity), 2 ** (bits - 1)
+    params = numerics.parameters(x, scheme)
+    assert params.zero_point is not None
+    codes = numerics.quantize(x, params, scheme).to(torch.int16) - shift
+    return codes.to(torch.int8), params.scale, params.zero_point - shift
+
+
 @torch.no_grad()
-def _dynamic_token_cpu(x: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
+def _dynamic_token_cpu(x: Tensor, granularity: str, bits: int = 8) -> tuple[Tensor, Tensor]:
+    largest = 2 ** (bits - 1) - 1
     rows = x.reshape(-1, x.shape[-1])
     codes = torch.empty(rows.shape, dtype=torch.int8)
     scale = torch.empty((rows.shape[0], 1), dtype=torch.float32)
@@ -51,13 +62,13 @@ def _dynamic_token_cpu(x: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
     for i in range(0, rows.shape[0], step):
         part = rows[i : i + step].float()
         # |x / s| <= 127.00001 with s from amax, which rounds to 127: no clamp is needed.
-        s = numerics.symmetric_scale(part.abs().amax(1, keepdim=True), 127)
+        s = numerics.symmetric_scale(part.abs().amax(1, keepdim=True), largest)
         scale[i : i + step] = s
         codes[i : i + step] = torch.div(part, s).round_()
     return codes.reshape(x.shape), scale.reshape(*x.shape[:-1], 1)
 
 
-def _token_on_cpu(x: Tensor, granularity: str) -> str | None:
+def _token_on_cpu(x: Tensor, granularity: str, bits: int = 8) -> str | None:
     if x.device.type != "cpu":
         return "needs a CPU tensor"
     if wants_gradient(x):
@@ -65,36 +76,38 @@ def _token_on_cpu(x: Tensor, granularity: str) -> str | None:
     return None if granularity == "token" else "needs granularity 'token'"
 
 
-def _static_reference(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+def _static_reference(x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int = 8) -> Tensor:
     _require_no_gradient(x)
     steps = torch.round(x.float() / scale)
     if zero_point is not None:
         steps = steps + zero_point
-    return steps.clamp(_lowest(zero_point), 127).to(torch.int8)
+    return steps.clamp(*_ends(zero_point, bits)).to(torch.int8)
 
 
-def in_range(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+def in_range(x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int = 8) -> Tensor:
     """Where `quantize_static` does not clip, as `numerics.fake_quantize` has it: boolean, in x's shape."""
     steps = x.detach().float() / scale
     if zero_point is not None:
         steps = steps + zero_point
-    return (steps >= _lowest(zero_point) - 0.5) & (steps <= 127.5)
+    low, high = _ends(zero_point, bits)
+    return (steps >= low - 0.5) & (steps <= high + 0.5)
 
 
-def _lowest(zero_point: Tensor | None) -> int:
-    return -127 if zero_point is None else -128
+def _ends(zero_point: Tensor | None, bits: int) -> tuple[int, int]:
+    largest = int(2 ** (bits - 1) - 1)
+    return -largest if zero_point is None else -largest - 1, largest
 
 
 @torch.no_grad()
-def _static_cpu(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+def _static_cpu(x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int = 8) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     codes = torch.empty(rows.shape, dtype=torch.int8)
-    low, step = _lowest(zero_point), chunk_rows(rows.shape[1])
+    (low, high), step = _ends(zero_point, bits), chunk_rows(rows.shape[1])
     for i in range(0, rows.shape[0], step):
         steps = torch.div(rows[i : i + step].float(), scale).round_()
         if zero_point is not None:
             steps.add_(zero_point)
-        codes[i : i + step] = steps.clamp_(low, 127)
+        codes[i : i + step] = steps.clamp_(low, high)
     return codes.reshape(x.shape)
 
 
@@ -128,14 +141,20 @@ def _without_gradient(x: Tensor, scale: Tensor | None, *_: object) -> str | None
 
 QUANTIZE_DYNAMIC = Operator(
     name="quantize_dynamic",
-    schema="(Tensor x, str granularity) -> (Tensor, Tensor)",
+    schema="(Tensor x, str granularity, int bits=8) -> (Tensor, Tensor)",
     reference=_dynamic_reference,
     kernels=(Kernel(name="cpu chunked", serves=_token_on_cpu, run=_dynamic_token_cpu),),
 )
 
+QUANTIZE_ASYMMETRIC = Operator(
+    name="quantize_asymmetric",
+    schema="(Tensor x, str granularity, int bits=8) -> (Tensor, Tensor, Tensor)",
+    reference=_asymmetric_reference,
+)
+
 QUANTIZE_STATIC = Operator(
     name="quantize_static",
-    schema="(Tensor x, Tensor scale, Tensor? zero_point) -> Tensor",
+    schema="(Tensor x, Tensor scale, Tensor? zero_point, int bits=8) -> Tensor",
     reference=_static_reference,
     kernels=(Kernel(name="cpu chunked", serves=_on_cpu, run=_static_cpu),),
 )
