@@ -25,6 +25,7 @@ from .quantize.decide import Pace, QuantizeRule, decide
 from .quantize.insert import insert
 from .quantize.live import Live, floating, place_ranges
 from .quantize.observers import MakeObserver, Observer
+from .quantize.steps import on_steps
 from .rewrite import apply_rules
 
 
@@ -121,7 +122,8 @@ def _insert(program: Program, job: Job) -> Program:
         return insert(program, plan)
     if job.course is None:
         job.course = Course(program.store, plan, job.paces, job.seed)
-    return insert(program, plan, Live(job.momentum, {fqn: pace.activation for fqn, pace in job.course.paces.items()}))
+    live = Live(job.momentum, {fqn: pace.activation for fqn, pace in job.course.paces.items()})
+    return on_steps(insert(program, plan, live))
 
 
 def _settle(program: Program, job: Job) -> Program:

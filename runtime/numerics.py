@@ -182,7 +182,7 @@ def quantize(x: Tensor, params: Params, scheme: Scheme, *, key: Tensor | int | N
 def dequantize(codes: Tensor, params: Params, scheme: Scheme) -> Tensor:
     """fp32 values of unpacked `codes`, in their shape."""
     b = blocks(codes, scheme).float()
-    return _values(b, params).reshape(codes.shape)
+    return (_less_zero(b, params) * params.scale.reshape(-1, 1)).reshape(codes.shape)
 
 
 def simulate(
@@ -193,18 +193,30 @@ def simulate(
     qmax: Tensor | None = None,
     key: Tensor | int | None = None,
 ) -> Tensor:
-    """`dequantize(quantize(x))` in `x`'s shape and dtype, without a gradient.
+    """`dequantize(quantize(x))` in `x`'s shape and dtype, without a gradient; arguments as of `steps_of`."""
+    steps, scale = steps_of(x, scheme, params, qmax=qmax, key=key)
+    return (blocks(steps, scheme) * scale.reshape(-1, 1)).reshape(x.shape).to(x.dtype)
+
+
+def steps_of(
+    x: Tensor,
+    scheme: Scheme,
+    params: Params | None = None,
+    *,
+    qmax: Tensor | None = None,
+    key: Tensor | int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Codes less the zero point, fp32 in `x`'s shape, and the scales: their product is the quantised value.
 
     params: None computes them from `x`. qmax: the largest code as a tensor, which may change from call to call; of a
     ternary or binary scheme the codes are uniform and symmetric up to qmax, and its own where qmax is 0.
     """
     if qmax is None or scheme.kind in ("symmetric", "asymmetric"):
         found = parameters(x, scheme, qmax) if params is None else params
-        values = _values(_codes(x, found, scheme, key, qmax), found)
-    else:
-        uniform = simulate(x.float(), scheme.at(8), params, qmax=qmax.clamp_min(1), key=key)
-        values = torch.where(qmax > 0, uniform, simulate(x.float(), scheme, params, key=key))
-    return values.reshape(x.shape).to(x.dtype)
+        return _less_zero(_codes(x, found, scheme, key, qmax), found).reshape(x.shape), found.scale
+    uniform = steps_of(x, scheme.at(8), params, qmax=qmax.clamp_min(1), key=key)
+    own = steps_of(x, scheme, params, key=key)
+    return torch.where(qmax > 0, uniform[0], own[0]), torch.where(qmax > 0, uniform[1], own[1])
 
 
 def fake_quantize(
@@ -277,10 +289,8 @@ def _limits(scheme: Scheme, qmax: Tensor | None) -> tuple[Tensor, Tensor] | tupl
     return (torch.zeros_like(high) if scheme.kind == "asymmetric" else -high), high
 
 
-def _values(codes: Tensor, params: Params) -> Tensor:
-    if params.zero_point is not None:
-        codes = codes - params.zero_point.reshape(-1, 1)
-    return codes * params.scale.reshape(-1, 1)
+def _less_zero(codes: Tensor, params: Params) -> Tensor:
+    return codes if params.zero_point is None else codes - params.zero_point.reshape(-1, 1)
 
 
 def inside(x: Tensor, params: Params, scheme: Scheme, qmax: Tensor | None = None) -> Tensor:

@@ -51,14 +51,14 @@ def layer(weight: Scheme, activation: str, dtype: torch.dtype) -> tuple[Quantize
     if activation == "none":
         return QuantizedLinear(q, b, activation=None, dtype=dtype), lambda x: F.linear(x, w, b)
     if activation in dynamic:
-        module = QuantizedLinear(q, bias, activation=activation, dtype=dtype)
+        module = QuantizedLinear(q, bias, activation=dynamic[activation], dtype=dtype)
         return module, lambda x: F.linear(numerics.fake_quantize(x, dynamic[activation]), w, b)
     scheme = ASYMMETRIC if activation == "asymmetric" else A8_TENSOR
     params = numerics.parameters(random(40, 16, seed=2) * 0.5, scheme)  # half the range: some of x is clipped
     zero = None if params.zero_point is None else params.zero_point - 128
     corrected = bias if zero is None else bias - zero * params.scale * q.dequantize().sum(1)
     ranges = {"input_scale": params.scale, "input_zero_point": zero}
-    module = QuantizedLinear(q, corrected, activation="tensor", dtype=dtype, **ranges)
+    module = QuantizedLinear(q, corrected, activation=scheme, dtype=dtype, **ranges)
     return module, lambda x: F.linear(numerics.fake_quantize(x, scheme, params), w, b)
 
 

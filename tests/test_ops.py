@@ -331,11 +331,12 @@ def test_qconv2d_against_float64(case: tuple[tuple[Any, ...], Tensor]) -> None:
         (QUANTIZE_DYNAMIC, (torch.ones(2, 3), "tensor"), "reference", ["cpu chunked: needs granularity 'token'"]),
         (QUANTIZE_STATIC, (torch.ones(2, 3), torch.ones(()), None), "cpu chunked", []),
         (QLINEAR, qlinear_args(Scheme(), 33, (2,))[0], "cpu int8 gemm", []),
+        (QLINEAR, qlinear_args(Scheme(bits=4), 33, (2,))[0], "cpu int8 gemm", []),
         (
             QLINEAR,
-            qlinear_args(Scheme(bits=4), 33, (2,))[0],
+            qlinear_args(Scheme(bits=4, granularity="group", group_size=11), 33, (2,))[0],
             "reference",
-            ["cpu int8 gemm: needs 8-bit symmetric per-channel weights"],
+            ["cpu int8 gemm: needs weights without zero points or groups"],
         ),
         (
             QLINEAR,
@@ -344,7 +345,7 @@ def test_qconv2d_against_float64(case: tuple[tuple[Any, ...], Tensor]) -> None:
             ["cpu int8 gemm: needs a CPU tensor"],
         ),
     ],
-    ids=["token", "tensor", "static", "w8", "w4", "meta"],
+    ids=["token", "tensor", "static", "w8", "w4", "groups", "meta"],
 )
 def test_explain_names_the_kernel_and_why_others_do_not_serve(
     op: Operator, args: tuple[Any, ...], kernel: str, declined: list[str]

@@ -13,7 +13,7 @@ from dwindle.runtime import numerics
 from dwindle.runtime.ops.catalog import OPS
 from dwindle.runtime.ops.operator import NAMESPACE, Operator
 from dwindle.runtime.qtensor import QTensor
-from dwindle.runtime.scheme import A8_TENSOR, Scheme
+from dwindle.runtime.scheme import A8_TENSOR, A8_TOKEN, Scheme
 
 ops = getattr(torch.ops, NAMESPACE)
 
@@ -45,6 +45,7 @@ X, ONE, ZERO = random(3, 12), torch.tensor(0.05), torch.tensor(3.0)
 LEVELS, HALF, KEY = torch.tensor(7, dtype=torch.int32), torch.tensor(0.5), torch.tensor(3)
 TERNARY = Scheme(bits=2, kind="ternary")
 UNIFORM = [s for s in SCHEMES if s.kind in ("symmetric", "asymmetric")]
+WHOLE = [s for s in SCHEMES if s.granularity != "group"]
 EXAMPLES: dict[str, list[tuple[Any, ...]]] = {
     "fake_quantize": [
         *((random(5, 12).requires_grad_(), None, None, s.spell()) for s in SCHEMES),
@@ -63,9 +64,27 @@ EXAMPLES: dict[str, list[tuple[Any, ...]]] = {
         (random(5, 12).requires_grad_(), torch.rand(5).requires_grad_(), LEVELS, mix, W8.spell())
         for mix in (HALF, HALF * 0)
     ],
+    "steps_live": [
+        *((random(5, 12).requires_grad_(), LEVELS, mix, KEY, s.spell()) for s in WHOLE for mix in (HALF, HALF * 0)),
+        (random(5, 12).bfloat16(), LEVELS * 0, HALF * 0, None, TERNARY.spell()),
+        (random(2, 5, 12).requires_grad_(), LEVELS, HALF * 2, None, A8_TOKEN.spell()),
+    ],
+    "steps_ranged": [
+        (random(5, 12).requires_grad_(), torch.tensor([-0.5, 1.0]), LEVELS, mix, A8_TENSOR.spell())
+        for mix in (HALF, HALF * 0)
+    ],
+    "steps_learned": [
+        (random(5, 12).requires_grad_(), torch.rand(5).requires_grad_(), LEVELS, mix, W8.spell())
+        for mix in (HALF, HALF * 0)
+    ],
+    "linear_of_steps": [
+        (X.round().requires_grad_(), torch.rand(3, 1), random(5, 12).requires_grad_(), scale, random(5))
+        for scale in (torch.rand(5), torch.rand(()), None)
+    ],
     "observe_range_": [(torch.zeros(2), X, 0.9), (torch.tensor([-1.0, 1.0]), X.bfloat16(), 0.9)],
-    "quantize_dynamic": [(X, "token"), (X, "tensor"), (random(2, 3, 5).half(), "token")],
-    "quantize_static": [(X, ONE, None), (X.bfloat16(), ONE, ZERO)],
+    "quantize_dynamic": [(X, "token"), (X, "tensor"), (random(2, 3, 5).half(), "token"), (X, "image", 4)],
+    "quantize_asymmetric": [(X, "token"), (X, "tensor", 4), (random(2, 3, 5).half(), "image")],
+    "quantize_static": [(X, ONE, None), (X.bfloat16(), ONE, ZERO), (X, ONE, ZERO, 4)],
     "qlinear": [
         *((int8(3, 12), torch.rand(3, 1), *packed(s), random(5), s.spell(), torch.float32) for s in SCHEMES),
         (int8(2, 3, 12), ONE, *packed(W8), None, W8.spell(), torch.bfloat16),

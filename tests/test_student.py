@@ -96,7 +96,8 @@ def test_the_student_is_what_the_finished_model_is(name: str) -> None:
     batch = _batch(99)
     with torch.no_grad():
         expected, found = student.eval()(**batch).logits, small(**batch).logits
-    assert error(found, expected) < 1e-4  # integer products against fp32 sums: measured at most 4e-7
+    # A static zero point goes into the bias when it is finished, and a rounding with it: measured at most 4e-7.
+    assert error(found, expected) <= (1e-5 if name == "static" else 0)
     packed = [v for _, v in small.store.entries() if isinstance(v, QTensor)]
     assert len(packed) == 4
     assert small.certificate.simulated == 0

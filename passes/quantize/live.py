@@ -33,6 +33,7 @@ from .calibrate import calibrate
 from .observers import MakeObserver
 from .schedule import FULL, Precision, Schedule
 from .sites import Site, readers
+from .steps import as_values
 
 LIVE = (FAKE_QUANTIZE_LIVE, FAKE_QUANTIZE_RANGED, FAKE_QUANTIZE_LEARNED)
 
@@ -186,6 +187,7 @@ def floating(program: Program, plan: Plan) -> Program:
     The scales that were learned or observed are added to it, for the plan's edits to read.
     """
     plain = program.copy(program.store.fork())
+    as_values(plain)
     for node in plain.calls(*(op.overload for op in LIVE)):
         float_value = node.args[0]
         assert isinstance(float_value, fx.Node)

@@ -1,7 +1,7 @@
 """Linear on quantised operands.
 
-    qlinear               y = (codes @ W^T) s_x s_w + b      W8A8: codes (..., K) int8, W (N, K) int8
-                          groups of K with their own s_w: y = s_x (codes @ dequantize(W)^T) + b
+    qlinear               y = (codes @ W^T) s_x s_w + b      codes (..., K) int8, W (N, K) of up to 8 bits, as int8
+                          groups of K, or zero points:  y = (codes @ dequantize(W)^T) s_x + b
     qlinear_weight_only   y = x @ dequantize(W)^T + b        x floating
 
 s_x is (..., 1) token-wise or () per tensor, s_w is (N,) per channel or (N, K / G) per group.
@@ -29,8 +29,13 @@ def dequantize_packed(packed: Tensor, scale: Tensor, zero_point: Tensor | None, 
     return numerics.dequantize(codes, Params(scale, zero_point), scheme)
 
 
-def _is_w8_channel(scheme: str) -> bool:
-    return scheme.startswith("8-symmetric-channel")
+def is_integer(scheme: Scheme) -> bool:
+    """Whether a weight's codes are multiplied as integers: no zero point, and no scale within a row."""
+    return scheme.bits <= 8 and scheme.kind != "asymmetric" and scheme.granularity in ("channel", "tensor")
+
+
+def _as_int8(packed: Tensor, columns: int, scheme: Scheme) -> Tensor:
+    return packed if scheme.bits == 8 else unpack(packed, columns, scheme)
 
 
 def _reference(
@@ -43,12 +48,13 @@ def _reference(
     scheme: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    lead, k = codes.shape[:-1], codes.shape[-1]
-    if _is_w8_channel(scheme):
-        acc = compat.int_mm(codes.reshape(-1, k), weight.t()).reshape(*lead, weight.shape[0])
+    lead, k, parsed = codes.shape[:-1], codes.shape[-1], Scheme.parse(scheme)
+    if is_integer(parsed):
+        w = _as_int8(weight, k, parsed)
+        acc = compat.int_mm(codes.reshape(-1, k), w.t()).reshape(*lead, w.shape[0])
         y = acc.float() * scale * weight_scale
     else:
-        w = dequantize_packed(weight, weight_scale, zero_point, Scheme.parse(scheme), k)
+        w = dequantize_packed(weight, weight_scale, zero_point, parsed, k)
         y = F.linear(codes.float(), w) * scale
     return (y if bias is None else y + bias).to(dtype)
 
@@ -69,7 +75,7 @@ def _int8_cpu(
     per_row = None if scale.dim() == 0 else scale.reshape(-1, 1)
     out = torch.empty((rows.shape[0], n), dtype=dtype)
     step = chunk_rows(n)
-    wt = weight.t()
+    wt = _as_int8(weight, k, Scheme.parse(scheme)).t()
     for i in range(0, rows.shape[0], step):
         y = compat.int_mm(rows[i : i + step], wt).float()
         y.mul_(scale if per_row is None else per_row[i : i + step]).mul_(weight_scale)
@@ -85,7 +91,7 @@ def _serves_int8_cpu(codes: Tensor, scale: Tensor, weight: Tensor, *rest: object
         return "needs a CPU tensor"
     if wants_gradient(scale, weight, *rest):
         return "needs no gradient"
-    return None if _is_w8_channel(str(rest[3])) else "needs 8-bit symmetric per-channel weights"
+    return None if is_integer(Scheme.parse(str(rest[3]))) else "needs weights without zero points or groups"
 
 
 def _weight_only_reference(
@@ -102,7 +108,8 @@ def _weight_only_cpu(
     """Rows of W in chunks that stay in the cache: 1x4096x4096 takes 1.7 ms in 8 bits (fp32 2.6, whole W 56)."""
     k, n = x.shape[-1], weight.shape[0]
     rows, out = x.reshape(-1, k).float(), torch.empty((x.shape[:-1].numel(), n))
-    parsed, per_channel = Scheme.parse(scheme), _is_w8_channel(scheme)
+    parsed = Scheme.parse(scheme)
+    per_channel = parsed.bits == 8 and is_integer(parsed)
     step = chunk_rows(k)
     for i in range(0, n, step):
         part = slice(i, i + step)

@@ -24,7 +24,7 @@ from ..scheme import Scheme
 from .operator import Kernel, Operator
 
 
-def _mixed(values: Tensor, x: Tensor, mix: Tensor) -> Tensor:
+def mixed(values: Tensor, x: Tensor, mix: Tensor) -> Tensor:
     """r x + (1 - r) values, exact at both ends, in x's dtype."""
     blend = torch.lerp(values.float(), x.detach().float(), mix.float()).to(x.dtype)
     return torch.where(mix == 0, values, blend)
@@ -32,7 +32,7 @@ def _mixed(values: Tensor, x: Tensor, mix: Tensor) -> Tensor:
 
 def _live(x: Tensor, qmax: Tensor, mix: Tensor, key: Tensor | None, scheme: str) -> Tensor:
     with torch.no_grad():
-        values = _mixed(numerics.simulate(x, Scheme.parse(scheme), qmax=qmax, key=key), x, mix)
+        values = mixed(numerics.simulate(x, Scheme.parse(scheme), qmax=qmax, key=key), x, mix)
     return numerics.straight_through(values, x)
 
 
@@ -40,11 +40,11 @@ def _live_cpu(x: Tensor, qmax: Tensor, mix: Tensor, key: Tensor | None, scheme: 
     """In parts that stay in the cache, with the backward pass of a copy; nothing is computed while r is 1."""
     if float(mix) == 1.0:
         return x.view_as(x)
-    y: Tensor = _Live.apply(x, qmax, mix, key, _current(scheme, int(qmax)))  # type: ignore[no-untyped-call]
+    y: Tensor = _Live.apply(x, qmax, mix, key, current(scheme, int(qmax)))  # type: ignore[no-untyped-call]
     return y
 
 
-def _current(scheme: str, qmax: int) -> Scheme:
+def current(scheme: str, qmax: int) -> Scheme:
     """The scheme as it is at `qmax`, so that no part is computed that is not used."""
     parsed = Scheme.parse(scheme)
     if parsed.kind == "asymmetric":
@@ -58,7 +58,7 @@ class _Live(torch.autograd.Function):
         out, r = torch.empty_like(x, memory_format=torch.contiguous_format), float(mix)
         for part in numerics.chunks(x, scheme):
             values = numerics.simulate(x[part], scheme, key=key)
-            out[part] = values if r == 0.0 else _mixed(values, x[part], mix)
+            out[part] = values if r == 0.0 else mixed(values, x[part], mix)
         return out
 
     @staticmethod
@@ -83,7 +83,7 @@ def _ranged(x: Tensor, span: Tensor, qmax: Tensor, mix: Tensor, scheme: str) -> 
     parsed = Scheme.parse(scheme)
     with torch.no_grad():
         params = range_params(span, parsed, qmax)
-        values = _mixed(numerics.simulate(x, parsed, params, qmax=qmax), x, mix)
+        values = mixed(numerics.simulate(x, parsed, params, qmax=qmax), x, mix)
         slope = torch.where(numerics.inside(x, params, parsed, qmax), torch.ones_like(mix), mix).to(x.dtype)
     return numerics.straight_through(values, x * slope)
 
@@ -97,14 +97,14 @@ def _learned(x: Tensor, scale: Tensor, qmax: Tensor, mix: Tensor, scheme: str) -
     parsed = Scheme.parse(scheme)
     levels = qmax.float()
     shape = numerics.blocks(x, parsed).shape  # (scales, elements)
-    s = _scaled_gradient(learned_scale(scale).reshape(-1, 1), torch.rsqrt(levels * shape[1]))
+    s = scaled_gradient(learned_scale(scale).reshape(-1, 1), torch.rsqrt(levels * shape[1]))
     ratio = x.float().reshape(shape) / s
     inner = torch.minimum(torch.maximum(ratio, -levels), levels)
     codes = inner + (torch.round(inner) - inner).detach()
     return torch.lerp((codes * s).reshape(x.shape), x.float(), mix.float()).to(x.dtype)
 
 
-def _scaled_gradient(s: Tensor, factor: Tensor) -> Tensor:
+def scaled_gradient(s: Tensor, factor: Tensor) -> Tensor:
     return s * factor + (s - s * factor).detach()
 
 
