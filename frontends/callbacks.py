@@ -1,29 +1,30 @@
-"""A student inside transformers' training loop.
+"""A student inside the training loops of transformers and Lightning.
 
-    Trainer(model=student, callbacks=[TrainerCallback(student)], ...)
+    Trainer(model=student, callbacks=[TrainerCallback(student)], ...)         transformers
+    Trainer(callbacks=[LightningCallback(module.student)]).fit(module, ...)   lightning.pytorch or pytorch_lightning
 
-It follows the optimizer, so accumulated micro-batches and steps that a GradScaler skips do not count, tells before
-the first step what the schedule will do, and logs the average bits. transformers is imported when one is made.
+Both follow the optimizer, so accumulated micro-batches and steps that a GradScaler skips do not count, tell before
+the first step what the schedule will do, print each drop of bits, and log the average bits. The library is imported
+when one is made.
 """
 
 from __future__ import annotations
 
 import importlib
-import warnings
-from collections.abc import Callable
+import importlib.util
+import sys
+from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from rich.console import Console
 
-from ..runtime.errors import MissingDependencyError
+from ..runtime.errors import MissingDependencyError, ScheduleError
 from .student import Student
+from .watch import Watch
 
 BITS = "average_bits"
-
-
-class ScheduleWarning(UserWarning):
-    """A schedule that does not end within the run."""
+LIGHTNING = ("lightning.pytorch", "pytorch_lightning")  # one library under two names, whose classes differ
 
 
 class _Follower:
@@ -31,40 +32,35 @@ class _Follower:
 
     def __init__(self, student: Student) -> None:
         self.student = student
-        self._stop: Callable[[], None] | None = None
+        self._open = ExitStack()
 
-    def begin(self, optimizer: Any, total_steps: int | None, *, quiet: bool) -> None:
-        """Follow the optimizer below whatever wraps it; show what is ahead."""
-        while not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
-            optimizer = optimizer.optimizer  # accelerate's wrapper
+    def begin(self, optimizer: torch.optim.Optimizer, total_steps: int | None, *, quiet: bool) -> None:
+        """Follow the optimizer; show what is ahead, and then each drop as a line below the loop's own bar."""
         self.end()
-        self._stop = self.student.follow(optimizer)
-        if total_steps is None or total_steps <= 0 or not self.student.course.weights:
-            return
-        ahead = self.student.forecast(total_steps)
-        if not quiet:
-            Console(stderr=True).print(ahead)
-        if ahead.late:
-            last = max(path.last for path in ahead.late)
-            warnings.warn(
-                f"the schedule ends after {last} steps and the run after {total_steps}; finish() will want early=True",
-                ScheduleWarning,
-                stacklevel=2,
-            )
+        self._open.callback(self.student.follow(optimizer))
+        self._open.enter_context(Watch(self.student.pacer, total_steps, quiet=quiet, live=False))
 
     def end(self) -> None:
         """Leave the optimizer alone again."""
-        if self._stop is not None:
-            self._stop()
-            self._stop = None
+        self._open.close()
+
+    def bits(self) -> dict[str, float]:
+        """What to log."""
+        course = self.student.course
+        return {BITS: round(course.average_bits(), 4)} if course.weights else {}
 
 
 def TrainerCallback(student: Student) -> Any:  # stands for the class that transformers has
-    """A transformers TrainerCallback that steps `student`. Raises MissingDependencyError without transformers."""
+    """A transformers TrainerCallback that steps `student`. Raises MissingDependencyError without transformers.
+
+    From here on the student's state_dict has a copy for each name of a tied tensor: Trainer saves the state of what is
+    no PreTrainedModel by safetensors' save_file, which refuses tensors that share memory.
+    """
     try:
         base = importlib.import_module("transformers").TrainerCallback
     except ImportError as error:
         raise MissingDependencyError("transformers", "hf", "following its Trainer") from error
+    student.register_state_dict_post_hook(_unshare)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     follower = _Follower(student)
 
     class Callback(base):  # type: ignore[misc, valid-type]  # known only now
@@ -73,14 +69,71 @@ def TrainerCallback(student: Student) -> Any:  # stands for the class that trans
             follower.begin(kwargs["optimizer"], state.max_steps, quiet=quiet)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if student.course.weights:
-                bits = {BITS: round(student.course.average_bits(), 4)}
-                state.log_history[-1].update(bits)
-                if logs is not None:
-                    logs.update(bits)  # for the callbacks after this one
+            state.log_history[-1].update(follower.bits())
+            if logs is not None:
+                logs.update(follower.bits())  # for the callbacks after this one
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             follower.end()
 
     Callback.__name__ = "DwindleCallback"
     return Callback()
+
+
+def LightningCallback(student: Student) -> Any:  # stands for the class that Lightning has
+    """A Lightning Callback that steps `student`, a part of the module that is trained.
+
+    It is of the library that is imported already, under either of its names; either one's Trainer takes it.
+    Raises MissingDependencyError without Lightning; in training ScheduleError where no optimizer has the student's
+    parameters.
+    """
+    base, follower = _lightning().Callback, _Follower(student)
+
+    class Callback(base):  # type: ignore[misc, valid-type]  # known only now
+        def on_train_start(self, trainer: Any, module: Any) -> None:
+            total = trainer.estimated_stepping_batches
+            quiet = not trainer.is_global_zero or trainer.progress_bar_callback is None
+            steps = int(total) if total != float("inf") and total > 0 else None
+            follower.begin(_optimizer_of(student, trainer.optimizers), steps, quiet=quiet)
+
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
+            module.log_dict(follower.bits())
+
+        def on_train_end(self, trainer: Any, module: Any) -> None:
+            follower.end()
+
+        def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
+            follower.end()
+
+    Callback.__name__ = "DwindleCallback"
+    return Callback()
+
+
+def _unshare(student: Student, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    seen = set()
+    for name, value in state.items():
+        if name.startswith(prefix) and value.numel():
+            place = value.untyped_storage().data_ptr()
+            state[name] = value.clone() if place in seen else value
+            seen.add(place)
+
+
+def _lightning() -> Any:
+    names = sorted(LIGHTNING, key=lambda name: name not in sys.modules)
+    for name in names:
+        if importlib.util.find_spec(name.partition(".")[0]) is not None:
+            return importlib.import_module(name)
+    raise MissingDependencyError("lightning", "lightning", "following its Trainer")
+
+
+def _optimizer_of(student: Student, optimizers: Iterable[torch.optim.Optimizer]) -> torch.optim.Optimizer:
+    own, found = {id(p) for p in student.parameters()}, list(optimizers)
+    for optimizer in found:
+        if any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+            return optimizer
+    raise ScheduleError(
+        "no optimizer trains the student",
+        required="one that has parameters of the student",
+        found=f"{len(found)} without any",
+        cure="give student.parameters() to the optimizer of configure_optimizers",
+    )

@@ -61,7 +61,7 @@ def capture(
     candidates = guess_dynamic(widened)
     if dynamic_shapes is not None:
         candidates = [{name: dims for name, dims in dynamic_shapes.items() if name in widened}]
-    with _CAPTURING, compat.silent(), _recording(), in_mode(model, training), _taking_tensors(model, widened) as given:
+    with _CAPTURING, _recording(), in_mode(model, training), _taking_tensors(model, widened) as given:
         module, ranges, dims = _export(model, given, {n: arguments[n] for n in given}, candidates, store)
     graph, output = _flat_graph(module, store)
     inputs, limits = _inputs(graph, structure, tensors, dims, ranges)
@@ -124,7 +124,7 @@ def _widen(value: Any, alone: bool) -> Any:
 @contextlib.contextmanager
 def _recording() -> Iterator[None]:
     """Under a caller's no_grad, export would not see which regions of the model are under one."""
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), compat.checkpoints_marked(), compat.silent():
         yield
 
 

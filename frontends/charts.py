@@ -9,6 +9,7 @@ from html import escape
 
 WIDTH, HEIGHT = 1040.0, 260.0  # in the units of the picture, which scales with the page
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 8.0, 12.0, 42.0
+LOW = 190.0  # height of a curve's picture, of which a page has two
 LEAST_STEP = 4.0  # a bar and the gap after it; charts of more bars are wider, and scroll
 
 
@@ -45,6 +46,53 @@ def bar_chart(bars: Sequence[Bar], *, label: str) -> str:
         )
     parts.extend(_groups(bars, step, base))
     return "\n".join([*parts, "</svg>"])
+
+
+def curve_chart(
+    points: Sequence[tuple[float, float | None]],
+    *,
+    end: float,
+    label: str,
+    stairs: bool = False,
+    marks: Sequence[tuple[float, str]] = (),
+) -> str:
+    """A curve over 0 to `end`, on a scale from zero, or from below where it goes there; a gap where y is None.
+
+    stairs: a value holds until the next. marks: upright lines at x, with what they say on hover
+    """
+    ys = [y for _, y in points if y is not None]
+    up, down = scale(ys), scale([-y for y in ys]) if min(ys, default=0.0) < 0 else [0.0]
+    ticks = [-t for t in reversed(down[1:])] + up
+    height, low, high, base = LOW - TOP - BOTTOM, ticks[0], ticks[-1], LOW - BOTTOM
+
+    def x_of(x: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * x / max(end, 1)
+
+    def y_of(y: float) -> float:
+        return base - height * (y - low) / (high - low)
+
+    parts = [
+        f'<svg class="chart" role="img" aria-label="{escape(label)}" viewBox="0 0 {_n(WIDTH)} {_n(LOW)}" '
+        'style="min-width:640px">'
+    ]
+    for tick in ticks:
+        level = y_of(tick)
+        parts.append(f'<line class="grid" x1="{_n(LEFT)}" x2="{_n(WIDTH - RIGHT)}" y1="{_n(level)}" y2="{_n(level)}"/>')
+        parts.append(f'<text class="tick" x="{_n(LEFT - 8)}" y="{_n(level + 4)}" text-anchor="end">{tick:g}</text>')
+    for tick in (t for t in scale([end]) if t <= end):
+        anchor = "end" if x_of(tick) > WIDTH - 40 else "middle"
+        where = f'x="{_n(x_of(tick))}" y="{_n(base + 22)}" text-anchor="{anchor}"'
+        parts.append(f'<text class="tick" {where}>{tick:,.10g}</text>')
+    for at, title in marks:
+        line = f"M{_n(x_of(at))} {_n(TOP)}V{_n(base)}"
+        parts.append(f'<path class="mark" d="{line}"><title>{escape(title)}</title></path>')
+    path, joined = "", False
+    for at, value in points:
+        if value is not None:
+            x, y = _n(x_of(at)), _n(y_of(value))
+            path += f"M{x} {y}" if not joined else f"H{x}V{y}" if stairs else f"L{x} {y}"
+        joined = value is not None
+    return "\n".join([*parts, f'<path class="curve" d="{path}"/>', "</svg>"])
 
 
 def scale(values: Sequence[float]) -> list[float]:

@@ -12,6 +12,7 @@ from rich.table import Table
 from ..passes.quantize.course import Course
 from ..passes.quantize.schedule import Held
 from ..runtime.errors import ScheduleError
+from ..runtime.report import Printed
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Path:
 
 
 @dataclass(frozen=True)
-class Forecast:
+class Forecast(Printed):
     """Paths of all weights in `total_steps` steps. Adaptive schedules are not known beforehand and left out.
 
     The curvature of MoQ's layers is not known either: paths are those of a factor of 1, the fastest.

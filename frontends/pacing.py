@@ -10,9 +10,11 @@ Under torch.distributed losses and curvatures are averaged, so that all ranks de
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import median
 from typing import Any
 
 import torch
@@ -26,15 +28,32 @@ from ..passes.quantize.sensitivity import Sensitivity, eigenvalues, traces
 from ..runtime.errors import RecipeError, ScheduleError
 from ..runtime.qtensor import packed_nbytes
 from ..runtime.report import block_of
+from .curvature import in_steps
+from .history import History
 from .settings import AdaptiveSettings, SensitivitySettings
 
 Closure = Callable[[], Tensor]
 
 
+@dataclass
+class Spent:
+    """What all measurements of curvature took together."""
+
+    measurements: int = 0
+    products: int = 0
+    seconds: float = 0.0
+
+    def add(self, found: Sensitivity) -> None:
+        """One more."""
+        self.measurements += 1
+        self.products += found.products
+        self.seconds += found.seconds
+
+
 class Pacer:
     """A course, and what it is steered by.
 
-    sensitivity: as last measured; factors: MoQ's stretching by block
+    sensitivity: as last measured; spent: on all measurements; watchers: told of each step's drops
     """
 
     def __init__(self, course: Course, settings: SensitivitySettings | None, adaptive: AdaptiveSettings | None) -> None:
@@ -42,7 +61,10 @@ class Pacer:
         self.controller = None if adaptive is None else Controller(adaptive.budget())
         self.blocks = blocks(course, settings.blocks if settings else None)
         self.sensitivity: Sensitivity | None = None
-        self.measured_at = -1
+        self.measured_at, self.spent = -1, Spent()
+        self.history = History(course.average_bits())
+        self.watchers: list[Callable[[Sequence[Drop]], None]] = []
+        self._ended, self._times = 0.0, deque[float](maxlen=64)  # when the last step was over; seconds of steps
 
     @property
     def remembers(self) -> bool:
@@ -53,14 +75,28 @@ class Pacer:
 
     def advance(self, loss: Tensor | float | None, closure: Closure | None) -> list[Drop]:
         """One optimizer step is done."""
+        if self._ended:
+            self._times.append(time.perf_counter() - self._ended)
         if self.settings is not None and self._wants_curvature():
             self.measure(closure)
-        factors = self.sensitivity.factors() if self.sensitivity is not None else {}
-        by_weight = {fqn: factors[name] for name, fqns in self.blocks.items() if name in factors for fqn in fqns}
-        drops = self.course.advance(by_weight)
+        drops = self.course.advance(self.factors())
         if self.controller is not None:
             drops += self._steer(self.controller, loss)
+        self.history.record(self.course.step, loss, self.course.average_bits(), drops)
+        for watcher in self.watchers:
+            watcher(drops)
+        self._ended = time.perf_counter()
         return drops
+
+    def factors(self) -> dict[str, int]:
+        """By how much curvature stretches MoQ's period, by weight."""
+        found = self.sensitivity.factors() if self.sensitivity is not None else {}
+        return {fqn: found[name] for name, fqns in self.blocks.items() if name in found for fqn in fqns}
+
+    @property
+    def step_seconds(self) -> float | None:
+        """What a training step takes, without the measurements of curvature; None before the second."""
+        return median(self._times) if self._times else None
 
     def _wants_curvature(self) -> bool:
         assert self.settings is not None
@@ -71,7 +107,13 @@ class Pacer:
         return self.course.falls_next()
 
     def measure(self, closure: Closure | None) -> Sensitivity:
-        """Curvature of every block at the loss that `closure` gives, averaged over ranks."""
+        """`curvature`, for the schedules to go by from here on."""
+        self.sensitivity, self.measured_at = self.curvature(closure), self.course.step
+        self.spent.add(self.sensitivity)
+        return self.sensitivity
+
+    def curvature(self, closure: Closure | None) -> Sensitivity:
+        """Of every block, at the loss that `closure` gives, averaged over ranks."""
         s = self.settings or SensitivitySettings()
         if closure is None:
             raise ScheduleError(
@@ -87,8 +129,7 @@ class Pacer:
             found = eigenvalues(closure, parameters, seed=seed, **options)  # type: ignore[arg-type]  # by name
         else:
             found = traces(closure, parameters, samples=s.samples, seed=seed)
-        self.sensitivity, self.measured_at = averaged(found), self.course.step
-        return self.sensitivity
+        return averaged(found)
 
     def _parameters(self, fqns: list[str]) -> list[nn.Parameter]:
         held = [self.course.store.get(fqn) for fqn in fqns]
@@ -152,13 +193,34 @@ class Pacer:
             count += tensor.numel() * tensor.element_size() if scheme is None else packed_nbytes(tensor.shape, scheme)
         return count
 
+    def summary(self) -> dict[str, Any]:
+        """The run so far, as plain data for a report."""
+        curvature = None
+        if self.sensitivity is not None:
+            took = f"{self.spent.products} Hessian-vector products in {self.spent.seconds:.3g} s"
+            factors = self.sensitivity.factors()
+            curvature = {
+                **asdict(self.spent),
+                "cost": took + in_steps(self.spent.seconds, self.step_seconds),
+                "blocks": {name: [c.value, factors[name]] for name, c in self.sensitivity.blocks.items()},
+            }
+        return {
+            "steps": self.course.step,
+            "bits": [self.history.start, self.course.average_bits()],
+            "curve": [list(point) for point in self.history.curve],
+            "changes": [list(change) for change in self.history.changes],
+            "curvature": curvature,
+        }
+
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Plain data. All seconds are below "sensitivity"; two runs that are alike differ in nothing else."""
+        found = None if self.sensitivity is None else self.sensitivity.to_json()
         return {
             "course": self.course.to_json(),
             "controller": None if self.controller is None else self.controller.to_json(),
-            "sensitivity": None if self.sensitivity is None else self.sensitivity.to_json(),
+            "sensitivity": None if found is None else {"found": found, "spent": asdict(self.spent)},
             "measured_at": self.measured_at,
+            "history": self.history.to_json(),
         }
 
     def load_json(self, data: Mapping[str, Any]) -> None:
@@ -173,9 +235,11 @@ class Pacer:
         self.course.load_json(data["course"])
         if self.controller is not None:
             self.controller.load_json(data["controller"])
-        found = data["sensitivity"]
-        self.sensitivity = None if found is None else Sensitivity.from_json(found)
+        measured = data["sensitivity"]
+        self.sensitivity = None if measured is None else Sensitivity.from_json(measured["found"])
+        self.spent = Spent() if measured is None else Spent(**measured["spent"])
         self.measured_at = data["measured_at"]
+        self.history.load_json(data["history"])
 
 
 def blocks(course: Course, prefix: str | None) -> dict[str, list[str]]:

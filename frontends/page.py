@@ -18,6 +18,7 @@ from ..runtime.files import appearing
 from ..runtime.program import Entry
 from ..runtime.report import Report, block_of, is_quantized, size, spoken
 from .charts import Bar, bar_chart
+from .training_page import training
 
 FRAME = Path(__file__).with_name("page.html")
 
@@ -36,6 +37,7 @@ def page(report: Report, *, title: str = "Compressed model") -> str:
         title=escape(title),
         subtitle=_subtitle(report),
         tiles="\n".join(_tiles(report)),
+        training=training(report.measured.get("training")),
         latency=_latency(report),
         errors=_errors(report),
         blocks=_blocks(report),
@@ -223,7 +225,7 @@ def _places(places: Sequence[str]) -> str:
 
 def _environment(report: Report) -> str:
     facts = [("captured with", f"torch {report.certificate.torch}")]
-    facts += [(name, str(value)) for name, value in report.measured.items() if name != "latency"]
+    facts += [(name, str(value)) for name, value in report.measured.items() if name not in ("latency", "training")]
     rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts)
     recipe = escape(json.dumps(dict(report.recipe), indent=2, default=str))
     return f'<dl class="plain">{rows}</dl><details><summary>The recipe</summary><pre>{recipe}</pre></details>'

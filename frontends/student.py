@@ -22,7 +22,6 @@ from ..passes.quantize.live import is_empty
 from ..runtime.compressed import Compressed
 from ..runtime.contract import Signature
 from ..runtime.errors import CalibrationError, ScheduleError
-from ..runtime.model import GraphModel
 from ..runtime.plan import Plan
 from ..runtime.program import Program
 from ..runtime.randomness import own_random_state
@@ -40,17 +39,20 @@ from .compress import (
     require_original,
     verification_inputs,
 )
+from .curvature import CurvatureTable
 from .distill import task_loss, total_loss
 from .forecast import Forecast, forecast
 from .inputs import as_arguments
 from .measure import measure
 from .pacing import Closure, Pacer
 from .recipe import Recipe
+from .recomputing import Recomputing
+from .watch import Watch
 
 STATE = 1  # version of what a state_dict holds besides tensors
 
 
-class Student(GraphModel):
+class Student(Recomputing):
     """A model in training: call it as the original; `finish()` gives the Compressed it has become.
 
     After each optimizer step call `step()`, or once `follow(optimizer)`. `state_dict()` holds the schedules too.
@@ -125,10 +127,17 @@ class Student(GraphModel):
         return self._advance(loss, closure)
 
     def follow(self, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-        """Count the steps that `optimizer` really takes: not those that a GradScaler skips. Returns how to stop."""
+        """Count the steps that `optimizer` really takes: not those that a GradScaler skips. Returns how to stop.
 
-        def count(*_: Any) -> None:
-            self._advance()
+        Of an optimizer that another library wraps, the one inside is followed.
+        """
+        while (inner := getattr(optimizer, "optimizer", None)) is not None:
+            optimizer = inner
+
+        def count(taken: torch.optim.Optimizer, *_: Any) -> None:
+            skipped = getattr(taken, "found_inf", None)  # a fused optimizer is called all the same, and skips by itself
+            if skipped is None or not bool(skipped):
+                self._advance()
 
         handle = optimizer.register_step_post_hook(count)
         self._following = True
@@ -147,6 +156,21 @@ class Student(GraphModel):
     def forecast(self, total_steps: int) -> Forecast:
         """At which step each weight gets which bits, and what is not over after `total_steps`."""
         return forecast(self.course, total_steps)
+
+    def watch(self, total_steps: int | None = None, *, quiet: bool = False) -> Watch:
+        """`with student.watch(344): ...` shows bits, loss and the next drop as the loop goes, and prints each drop.
+
+        Warns before the first step where a schedule does not end within `total_steps`; quiet does that alone.
+        """
+        return Watch(self.pacer, total_steps, quiet=quiet)
+
+    def sensitivity(self, closure: Closure | None = None) -> CurvatureTable:
+        """How much the loss bends in each block, and what finding out took: `print(student.sensitivity())`.
+
+        closure: computes the loss of a batch; of the last batch where the model's output has a loss. Schedules do not
+        go by it. Raises ScheduleError with neither, CalibrationError for a loss that has no second derivative.
+        """
+        return CurvatureTable(self.pacer.curvature(closure or self._again), self.pacer.step_seconds)
 
     def get_extra_state(self) -> Tensor:
         """Schedules as JSON in a uint8 tensor, which every format of checkpoints takes."""
@@ -218,6 +242,7 @@ class Student(GraphModel):
             recipe=self.recipe.plain(),
             certificate=certificate,
             log=tuple(program.log),
+            measured={"training": self.pacer.summary()} if self.course.step else None,
             measure=lambda finished: measure(self, finished, self.example),
             grow=grow,
             attributes={**self._attributes, **own_dtype(self)},

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from .errors import CaptureError
+
+MARK = "dwindle_checkpoint"  # in a captured node's meta["custom"]: which call of torch.utils.checkpoint made it
 
 
 def is_tracing(x: Tensor) -> bool:
@@ -129,3 +135,67 @@ def static_inputs(tensors: Sequence[Tensor]) -> list[Tensor]:
 def version_of(tensor: Tensor) -> int:
     """How often a tensor was written in place; an inference tensor does not count."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+@contextlib.contextmanager
+def checkpoints_marked() -> Iterator[None]:
+    """Inside, torch.utils.checkpoint calls its function as it is, and what is traced in there is marked.
+
+    Otherwise export would leave out a reentrant checkpoint's gradients and forget any other. What
+    torch.utils.checkpoint.checkpoint reads from its module is replaced, for models hold the function itself.
+    """
+    module, count, hooks = (
+        torch.utils.checkpoint,
+        itertools.count(),
+        torch._C._autograd._top_saved_tensors_default_hooks,
+    )
+    ambient = hooks(True)
+
+    @contextlib.contextmanager
+    def mark() -> Iterator[None]:
+        if hooks(True) != ambient:
+            raise CaptureError(
+                "activations that the model saves in its own way",
+                required="torch.utils.checkpoint without saved-tensor hooks around it",
+                found=hooks(True),
+                cure="switch offloading off, or train without checkpointing",
+            )
+        outer = fx.traceback.current_meta.get("custom", {}).get(MARK)
+        name = f"checkpoint {next(count)}" if outer is None else outer
+        with fx.traceback.preserve_node_meta(), fx.traceback.annotate({MARK: name}):
+            yield
+
+    class Reentrant:
+        @staticmethod
+        def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+            with mark():
+                return function(*args)
+
+    def other(function: object, preserve: bool, context_fn: object, *rest: Any, **kwargs: Any) -> Iterator[None]:
+        if context_fn is not module.noop_context_fn:
+            raise CaptureError(
+                "selective activation checkpointing is not kept",
+                required="torch.utils.checkpoint without context_fn",
+                found=context_fn,
+            )
+        with mark():
+            yield
+
+    before = module.CheckpointFunction, module._checkpoint_without_reentrant_generator
+    module.CheckpointFunction, module._checkpoint_without_reentrant_generator = Reentrant, other  # type: ignore
+    try:
+        yield
+    finally:
+        module.CheckpointFunction, module._checkpoint_without_reentrant_generator = before  # type: ignore
+
+
+def checkpoint_mark(node: fx.Node) -> str | None:
+    """Which checkpoint a captured node was traced in, if any."""
+    mark: str | None = node.meta.get("custom", {}).get(MARK)
+    return mark
+
+
+def module_calls(node: fx.Node) -> Iterator[tuple[str, str]]:
+    """(call, dotted path) of each module that a captured node lies in, the outermost first; calls are unique."""
+    for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
+        yield key, _clean_path(path)

@@ -27,7 +27,8 @@ class Compressed(GraphModel):
     """A compressed model for inference: call it as the original. Its weights are frozen, its inputs may have gradients.
 
     certificate: what it is; recipe: how it was made (plain data); log: every rewrite applied or declined
-    measured: latency and other figures taken on some machine, by `report()`; they travel with the artifact
+    measured: latency and other figures taken on some machine, by `report()`, and the course of training; they
+        travel with the artifact
     """
 
     def __init__(
@@ -85,8 +86,8 @@ class Compressed(GraphModel):
 
     def report(self) -> Report:
         """What was done and what it gained; measures latency on first use where the original is at hand."""
-        if self.measured is None and self._measure is not None:
-            self.measured = dict(self._measure(self))
+        if self._measure is not None and "latency" not in (self.measured or {}):
+            self.measured = {**(self.measured or {}), **self._measure(self)}
         return Report(self.certificate, self.recipe, self.log, self.measured or {})
 
     def save(self, path: str | Path) -> Path:

@@ -138,6 +138,18 @@ class GraphModel(nn.Module):
                 self.add(known)
             return known
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As for any module. One name of a tied tensor will do; unless strict, its others are told as missing.
+
+        So does torch; load_model of safetensors, which accelerate calls, takes anything else for a damaged file.
+        """
+        found = super().load_state_dict(state_dict, strict, assign)
+        if not strict:
+            tied = {name for pair in _aliases(self, "") for name in pair}
+            own = {key for name in tied for key in _of_entry(self.state_dict(), name)}
+            found.missing_keys.extend(sorted(own - set(state_dict) - set(found.missing_keys)))
+        return found
+
     def __setattr__(self, name: str, value: Any) -> None:
         # The model may have a child called `plan` or `log`: a fact of ours neither replaces it nor is refused.
         if isinstance(value, Tensor | nn.Module):

@@ -58,7 +58,8 @@ class QuantizedLinear(nn.Module):
         """(..., K) -> (..., N)."""
         if not wants_gradient(x):
             return self._product(x)
-        w, ranges = self.weight, Ranges()
+        w = self.weight
+        ranges: Ranges = ()
         if self.input_scale is not None and self.activation is not None:
             ranges = (self.input_scale, self.input_zero_point, self.activation.bits)
         return through_linear(

@@ -18,7 +18,7 @@ from .store import Store, view
 aten = torch.ops.aten
 
 # What a new node takes over from the one it stands for: where in the model it came from.
-_KEPT = ("nn_module_stack", "stack_trace")
+_KEPT = ("nn_module_stack", "stack_trace", "custom")
 
 
 @dataclass(frozen=True, kw_only=True)

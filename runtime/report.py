@@ -66,11 +66,22 @@ class Refusal:
     places: tuple[str, ...]
 
 
+class Printed:
+    """Something that rich can show, and print() too."""
+
+    def __str__(self) -> str:
+        console = Console(width=PRINTED_WIDTH, no_color=True, force_terminal=False, record=False)
+        with console.capture() as capture:
+            console.print(self)
+        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
 @dataclass(frozen=True)
-class Report:
+class Report(Printed):
     """Facts about one compressed model; `print(report)` shows them, `to_json()` gives everything.
 
-    measured: {"latency": [{"batch", "eager_p50", "eager_p95", "p50", "p95"}, ...] in seconds, "machine": ...}
+    measured: {"latency": [{"batch", "eager_p50", "eager_p95", "p50", "p95"}, ...] in seconds, "machine": ...,
+        "training": {"steps", "bits": (first, last), "curve": [(step, loss, bits), ...], "changes", "curvature"}}
     """
 
     certificate: Certificate
@@ -116,12 +127,6 @@ class Report:
                 places[entry.rule, entry.reason].append(entry.where)
         return tuple(Refusal(*key, tuple(where)) for key, where in sorted(places.items()))
 
-    def __str__(self) -> str:
-        console = Console(width=PRINTED_WIDTH, no_color=True, force_terminal=False, record=False)
-        with console.capture() as capture:
-            console.print(self)
-        return "\n".join(line.rstrip() for line in capture.get().splitlines())
-
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         width, narrow = options.max_width, options.max_width < NARROW
         yield self._summary()
@@ -143,6 +148,8 @@ class Report:
         table.add_row("simulated nodes", str(c.simulated))
         table.add_row("graph breaks", str(c.graph_breaks))
         table.add_row("checked on", c.inputs)
+        if "training" in self.measured:
+            table.add_row("training", trained(self.measured["training"]))
         if "disk" in self.measured:
             table.add_row("on disk", str(self.measured["disk"]))
         return table
@@ -235,6 +242,18 @@ def size(count: int) -> str:
             break
         value, unit = value / 1000, larger
     return f"{count} B" if unit == "B" else f"{value:.{0 if value >= 99.95 else 1}f} {unit}"
+
+
+def trained(training: Mapping[str, Any]) -> str:
+    """What was done in training, in one line."""
+    first, last = training["bits"]
+    parts = [f"{training['steps']:,} steps, {first:.4g} -> {last:.4g} bits on average"]
+    losses = [loss for _, loss, _ in training["curve"] if loss is not None]
+    if losses:
+        parts.append(f"loss {losses[0]:.4g} -> {losses[-1]:.4g}")
+    if training["curvature"] is not None:
+        parts.append(f"curvature {training['curvature']['cost']}")
+    return "; ".join(parts)
 
 
 def differences(error: Mapping[str, float | None]) -> str:

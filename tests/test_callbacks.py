@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from models import ZOO
 from ranks import ADAPTIVE, MOQ, batch, classifier, items, train_rank
 from torch import multiprocessing
 from transformers import Trainer, TrainingArguments
 
 import dwindle
-from dwindle.frontends.callbacks import ScheduleWarning, TrainerCallback
+from dwindle.frontends.callbacks import TrainerCallback
+from dwindle.frontends.watch import ScheduleWarning
 from dwindle.runtime.qtensor import QTensor
 
 
@@ -61,10 +63,27 @@ def test_trainer_resumes_from_its_own_checkpoint(tmp_path: Path) -> None:
         assert torch.equal(a, b), name
 
 
+def test_trainer_saves_and_resumes_a_model_with_tied_weights(tmp_path: Path) -> None:
+    rows = [{"input_ids": item["input_ids"], "labels": item["input_ids"]} for item in items(32)]
+    found = []
+    for resume in (None, str(tmp_path / "checkpoint-5")):
+        model, _ = ZOO["gpt2"]()
+        inputs = {name: torch.stack([row[name] for row in rows[:2]]) for name in rows[0]}
+        student = dwindle.prepare(model.train(), MOQ, inputs=inputs)
+        trainer = _trainer(student, tmp_path, save_strategy="steps", save_steps=5, max_steps=8)
+        trainer.train_dataset = rows
+        trainer.train(resume_from_checkpoint=resume)
+        found.append(student)
+    assert found[0].course.to_json() == found[1].course.to_json()
+    for (name, a), b in zip(found[0].named_parameters(), found[1].parameters(), strict=True):
+        assert torch.equal(a, b), name
+    trainer.save_model(str(tmp_path / "last"))
+
+
 def test_a_schedule_longer_than_the_run_is_warned_of(tmp_path: Path) -> None:
     recipe = MOQ | {"schedule": {"type": "moq", "start_bits": 16, "period": 400}}
     student = dwindle.prepare(classifier().train(), recipe, inputs=batch(items(2)))
-    with pytest.warns(ScheduleWarning, match="ends after 819200 steps and the run after 2"):
+    with pytest.warns(ScheduleWarning, match="reaches 4 bits after 819200 steps and the run ends after 2"):
         _trainer(student, tmp_path, max_steps=2, save_strategy="no").train()
 
 

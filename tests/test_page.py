@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from dwindle.frontends.charts import Bar, bar_chart, scale
+from dwindle.frontends.charts import Bar, bar_chart, curve_chart, scale
 from dwindle.frontends.page import page, write_page
 from dwindle.runtime.certificate import Certificate, Layer
 from dwindle.runtime.errors import DwindleError
@@ -105,6 +105,45 @@ def test_same_report_same_bytes(tmp_path: Path) -> None:
     one, two = write_page(report(), tmp_path / "a.html"), write_page(report(), tmp_path / "b.html")
     assert one.read_bytes() == two.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "b.html"]
+
+
+TRAINING = {
+    "steps": 40,
+    "bits": [8.0, 4.5],
+    "curve": [(10, 1.5, 8.0), (20, None, 6.0), (30, 0.5, 6.0), (40, 0.25, 4.5)],
+    "changes": [(12, 32, 6, 2, "activation"), (33, 6, 4, 1, "weight")],
+    "curvature": {"cost": "12 products in 3 s", "blocks": {NASTY: [0.25, 3]}},
+}
+
+
+def trained(**more: object) -> Report:
+    facts = report()
+    return Report(facts.certificate, facts.recipe, facts.log, {**facts.measured, "training": TRAINING | more})
+
+
+def test_training_is_drawn_and_told() -> None:
+    text = page(trained())
+    words = "\n".join(Reader(text).words)
+    assert "40 steps, 8 -> 4.5 bits on average; loss 1.5 -> 0.25; curvature 12 products in 3 s" in words
+    assert text.count('class="curve"') == 2  # bits and loss
+    assert text.count('class="mark" d=') == 4  # each change in both
+    assert "step 33: 6 bits to 4 bits, 1 weight" in words
+    assert "float to 6 bits, 2 activations" in words
+    assert NASTY not in text
+    assert NASTY in unescape(text)
+    assert "Training" not in Reader(page(report())).words
+    assert "training" in str(trained())
+    assert "loss" not in page(trained(curve=[(40, None, 4.5)])).partition("<section>")[2].partition("</section>")[0]
+
+
+def test_a_curve_has_gaps_and_goes_below_zero() -> None:
+    text = curve_chart([(0, 1.0), (1, None), (2, 3.0), (3, -2.0)], end=3, label="loss")
+    (path,) = re.findall(r'class="curve" d="([^"]*)"', text)
+    assert (path.count("M"), path.count("L")) == (2, 1)
+    levels = [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", path)]
+    assert levels[1] < levels[0] < levels[2] <= 148  # the picture's lower edge is below
+    assert "H" in curve_chart([(0, 1.0), (2, 3.0)], end=3, label="bits", stairs=True)
+    assert 'd=""' in curve_chart([], end=0, label="none")
 
 
 def test_an_existing_file_is_kept(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ class Drop:
 
     def __str__(self) -> str:
         what = f"input of {self.fqn}" if self.of_input else self.fqn
-        return f"step {self.step}: {what} {_spoken(self.before)} -> {_spoken(self.after)}"
+        return f"step {self.step}: {what}: {_spoken(self.before)} -> {_spoken(self.after)}"
 
 
 class Course:
