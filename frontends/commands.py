@@ -1,4 +1,4 @@
-"""The shell: `dwindle compress | inspect | bench | demo`.
+"""The shell: `dwindle compress | inspect | bench | migrate | demo`.
 
     exit code 0   done
               1   a DwindleError, shown as a panel with what was required, what was found and the cure
@@ -245,6 +245,38 @@ def bench(
     c = small.certificate
     plain = {"recipe": parsed.plain(), "bytes_before": c.bytes_before, "bytes_after": c.bytes_after, **found.to_json()}
     _show(as_json, lambda: plain, found)
+
+
+@app.command()
+def migrate(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A DeepSpeed configuration, JSON.")],
+    total_steps: Annotated[
+        int | None, typer.Option("--total-steps", min=1, help="Steps of the training, to tell which drops it reaches.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The recipe to write that does the same, JSON.")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show what becomes of each key of a DeepSpeed configuration, and write it as a recipe."""
+    if output is not None:
+        if output.suffix != ".json":
+            raise typer.BadParameter(f"{str(output)!r} does not end in .json")
+        require_free(output)
+    from .deepspeed.config import parse
+    from .deepspeed.migration import migrate as report
+    from .recipe import Recipe
+
+    parsed = parse(config)
+    found = report(parsed, total_steps=total_steps)
+    _show(as_json, found.to_json, found)
+    if output is not None:
+        recipe = Recipe.of_deepspeed(parsed)
+        with appearing(output) as draft:
+            draft.write_text(json.dumps(recipe.plain(), indent=1) + "\n", encoding="utf-8")
+        if not as_json:
+            _show(False, dict, Text(f"Wrote {output}"))
 
 
 @app.command()

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ..passes.certify import certify, lowering_error, rounding, tensor_sizes
 from ..passes.driver import Driver
 from ..passes.pipeline import FINISH, PREPARE, SETTLE, Job, run_stages
+from ..passes.quantize.decide import QuantizeRule
+from ..passes.quantize.twins import twins_of
 from ..passes.verify import Difference, difference
 from ..runtime.certificate import require_lowered
 from ..runtime.compressed import Compressed
@@ -18,7 +20,7 @@ from ..runtime.contract import Signature
 from ..runtime.errors import CalibrationError, CaptureError, RecipeError
 from ..runtime.model import DTYPE, GraphModel
 from ..runtime.plan import Plan
-from ..runtime.program import Program
+from ..runtime.program import Entry, Program
 from ..runtime.randomness import own_random_state
 from ..runtime.store import Store
 from .capture import DynamicShapes, capture
@@ -65,7 +67,7 @@ def compress(
     batches = calibration_batches(captured, signature, recipe, data)
     job = Job(rules=rules, target=target, batches=batches, observer=recipe.calibration.observer)
     driver = prepared(captured, tensors, job)
-    require_effect(job, captured)
+    require_effect(rules, job.plan, captured.log)
     program, lowering, output = finish(driver, tensors, job)
     certificate = certify(program, job.reference or program, tensors, sizes, lowering, output)
     certificate.check()
@@ -97,7 +99,14 @@ def compress(
 
 
 def require_original(model: object) -> None:
-    """Raise CaptureError for what compress and prepare have made."""
+    """Raise CaptureError for what compress, prepare and init_compression have made."""
+    if isinstance(model, nn.Module) and next(twins_of(model), None) is not None:
+        raise CaptureError(
+            "the model is in training since init_compression",
+            required="the original model",
+            found="modules with simulated quantisation",
+            cure="redundancy_clean(model, config) makes them integers; or begin with another copy of the model",
+        )
     if isinstance(model, GraphModel):
         raise CaptureError(
             "the model is dwindle's already",
@@ -107,10 +116,10 @@ def require_original(model: object) -> None:
         )
 
 
-def require_effect(job: Job, program: Program) -> None:
+def require_effect(rules: Sequence[QuantizeRule], plan: Plan | None, log: Iterable[Entry]) -> None:
     """Raise RecipeError when a recipe that quantises has quantised nothing."""
-    if job.rules and not job.plan:
-        reasons = sorted({entry.reason for entry in program.log if not entry.applied})
+    if rules and not plan:
+        reasons = sorted({entry.reason for entry in log if not entry.applied})
         raise RecipeError(
             "the recipe quantises nothing in this model",
             required="a linear, embedding or conv2d that reads its weight as it is stored, and that a rule selects",

@@ -10,6 +10,7 @@ Under torch.distributed losses and curvatures are averaged, so that all ranks de
 
 from __future__ import annotations
 
+import json
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,7 @@ from .history import History
 from .settings import AdaptiveSettings, SensitivitySettings
 
 Closure = Callable[[], Tensor]
+STATE = 1  # version of what a state_dict holds besides tensors
 
 
 @dataclass
@@ -212,6 +214,27 @@ class Pacer:
             "curvature": curvature,
         }
 
+    def to_tensor(self) -> Tensor:
+        """`to_json` as uint8, which every format of checkpoints takes."""
+        state = {"version": STATE, **self.to_json()}
+        return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8).clone()
+
+    def load_tensor(self, state: Tensor) -> None:
+        """Inverse of `to_tensor`. Raises ScheduleError for a state of another model, recipe or version."""
+        try:
+            data = json.loads(bytes(state.cpu().tolist()).decode())
+            version = data["version"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ScheduleError("the saved schedule cannot be read", found=error) from error
+        if version != STATE:
+            raise ScheduleError(
+                "the saved schedule is of another version of dwindle",
+                required=f"version {STATE}",
+                found=version,
+                cure="finish the run with the version that began it",
+            )
+        self.load_json(data)
+
     def to_json(self) -> dict[str, Any]:
         """Plain data. All seconds are below "sensitivity"; two runs that are alike differ in nothing else."""
         found = None if self.sensitivity is None else self.sensitivity.to_json()
@@ -256,6 +279,12 @@ def blocks(course: Course, prefix: str | None) -> dict[str, list[str]]:
         known = sorted({block_of(fqn).rpartition(".")[0] for fqn in course.weights} - {""})
         raise RecipeError(f"no blocks below {prefix!r}", required=f"one of {', '.join(known) or 'none'}", found=prefix)
     return dict(found)
+
+
+def really_stepped(optimizer: torch.optim.Optimizer) -> bool:
+    """False where a fused optimizer left out its step itself, since a GradScaler told it of infinite gradients."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is None or not bool(found)
 
 
 def mean_over_ranks(value: float) -> float:

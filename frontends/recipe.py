@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from ..passes.quantize.decide import QuantizeRule
 from ..runtime.errors import MissingDependencyError, RecipeError, SchemeError
+from .deepspeed.config import DeepSpeedConfig
 from .deepspeed.translate import translate
 from .settings import (
     SCHEDULES,
@@ -79,6 +80,11 @@ class Recipe(Strict):
             cure=f"did you mean {' or '.join(near)}?" if near else None,
         )
 
+    @staticmethod
+    def of_deepspeed(config: DeepSpeedConfig) -> Recipe:
+        """What a DeepSpeed configuration asks for. Raises RecipeError for what cannot be done here."""
+        return _validated(config)
+
     def rules(self) -> tuple[QuantizeRule, ...]:
         """The quantisation rules as the pass takes them."""
         return tuple(entry.rule(self.schedule) for entry in self.quantize)
@@ -119,9 +125,9 @@ def _read(path: Path) -> Any:
 
 
 def _validated(data: Any) -> Recipe:
-    if isinstance(data, Mapping) and any(key in data for key in DEEPSPEED):
-        data = translate(data)
     try:
+        if isinstance(data, DeepSpeedConfig) or (isinstance(data, Mapping) and any(key in data for key in DEEPSPEED)):
+            data = translate(data)
         return Recipe.model_validate(data)
     except SchemeError as error:
         raise RecipeError(error.message, required=error.required, found=error.found, cure=error.cure) from error

@@ -216,6 +216,7 @@ class QuantizeEntry(Strict):
 
     modules: globs over module paths, all of them unless there are patterns: regular expressions searched for in them
     weight: "keep" leaves weights as earlier rules have them, and says only what the activation gets
+    section: entries and patterns of one section may not choose the same module
     """
 
     modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
@@ -224,6 +225,7 @@ class QuantizeEntry(Strict):
     weight: WeightSettings | Literal["keep"] | None = WeightSettings()
     activation: ActivationSettings | None = None
     schedule: ScheduleSettings | None = None
+    section: str = ""
 
     @field_validator("modules", "patterns", "operators", mode="before")
     @classmethod
@@ -255,6 +257,7 @@ class QuantizeEntry(Strict):
             activation=None if self.activation is None else self.activation.scheme(),
             static=self.activation is not None and self.activation.range == "static",
             activation_schedule=schedules.Constant(offset=self.activation.offset if self.activation else 0),
+            section=self.section,
         )
 
 

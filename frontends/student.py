@@ -7,7 +7,6 @@ change lies in buffers, so no step traces anything anew.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -44,12 +43,10 @@ from .distill import task_loss, total_loss
 from .forecast import Forecast, forecast
 from .inputs import as_arguments
 from .measure import measure
-from .pacing import Closure, Pacer
+from .pacing import Closure, Pacer, really_stepped
 from .recipe import Recipe
 from .recomputing import Recomputing
 from .watch import Watch
-
-STATE = 1  # version of what a state_dict holds besides tensors
 
 
 class Student(Recomputing):
@@ -135,8 +132,7 @@ class Student(Recomputing):
             optimizer = inner
 
         def count(taken: torch.optim.Optimizer, *_: Any) -> None:
-            skipped = getattr(taken, "found_inf", None)  # a fused optimizer is called all the same, and skips by itself
-            if skipped is None or not bool(skipped):
+            if really_stepped(taken):
                 self._advance()
 
         handle = optimizer.register_step_post_hook(count)
@@ -174,24 +170,11 @@ class Student(Recomputing):
 
     def get_extra_state(self) -> Tensor:
         """Schedules as JSON in a uint8 tensor, which every format of checkpoints takes."""
-        state = {"version": STATE, **self.pacer.to_json()}
-        return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8).clone()
+        return self.pacer.to_tensor()
 
     def set_extra_state(self, state: Tensor) -> None:
         """Inverse of `get_extra_state`. Raises ScheduleError for a state of another model, recipe or version."""
-        try:
-            data = json.loads(bytes(state.cpu().tolist()).decode())
-            version = data["version"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ScheduleError("the saved schedule cannot be read", found=error) from error
-        if version != STATE:
-            raise ScheduleError(
-                "the saved schedule is of another version of dwindle",
-                required=f"version {STATE}",
-                found=version,
-                cure="finish the run with the version that began it",
-            )
-        self.pacer.load_json(data)
+        self.pacer.load_tensor(state)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's, with the schedule beside it where there is one."""
@@ -214,7 +197,9 @@ class Student(Recomputing):
         model is not what was trained.
         """
         if not early:
-            self._require_settled()
+            self.course.require_settled(
+                "train on, shorten the schedule, or finish(early=True) with the bits as they are"
+            )
         plan = self.course.plan()
         simulated = self._eval_variant()
         tensors = verification_inputs(simulated, self.signature, self.example)
@@ -253,18 +238,6 @@ class Student(Recomputing):
     def _eval_variant(self) -> Program:
         return next(p for p in self.variants.values() if not p.contract.training)
 
-    def _require_settled(self) -> None:
-        left = self.course.unsettled()
-        if left:
-            raise ScheduleError(
-                f"{len(left)} of {len(self.course.weights)} weights are not at the end of their schedule",
-                required="every weight at its target",
-                found=f"{self.course.average_bits():.2f} bits on average after {self.course.step} steps: "
-                + ", ".join(left[:3])
-                + (" ..." if len(left) > 3 else ""),
-                cure="train on, shorten the schedule, or finish(early=True) with the bits as they are",
-            )
-
 
 @own_random_state()
 def prepare(
@@ -298,7 +271,7 @@ def prepare(
     if data is not None:
         job.batches, job.observer = calibration_batches(first, signature, recipe, data), recipe.calibration.observer
     program = prepared(first, tensors, job).program
-    require_effect(job, first)
+    require_effect(job.rules, job.plan, first.log)
     plan = job.plan or Plan()
     course = job.course or Course(store, plan, {}, recipe.seed)
 

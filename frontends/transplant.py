@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from ..passes.fold import BATCH_NORM_INTO_CONV
 from ..passes.lower import asymmetric_shift, corrected_bias_name, sums_name
+from ..passes.quantize.twins import symmetric_padding
 from ..passes.verify import difference
 from ..runtime.compressed import Compressed
 from ..runtime.contract import Signature
 from ..runtime.errors import DwindleError
 from ..runtime.model import GraphModel, flat_outputs
-from ..runtime.modules import QuantizedEmbedding, QuantizedLinear
+from ..runtime.modules import QuantizedConv2d, QuantizedEmbedding, QuantizedLinear
 from ..runtime.plan import Quantize, input_scale_name, input_zero_name
 from ..runtime.qtensor import QTensor
 from ..runtime.randomness import own_random_state
@@ -50,10 +51,11 @@ def transplant(small: Compressed, model: nn.Module, *, inputs: Any = None) -> nn
         )
     edits = [edit for edit in small.plan if isinstance(edit, Quantize)]
     unfit = sorted({e.fqn for e in edits if not _expressible(model, small.store.names_of(e.fqn), e.operator)})
+    unfit += sorted({e.fqn for e in edits if e.operator == "conv2d" and _folds(small)})
     if unfit:
         raise TransplantError(
             "the plan has edits that the eager module cannot express",
-            required="quantised linears and embeddings",
+            required="quantised linears, embeddings, and convolutions without a batch norm folded into them",
             found=", ".join(unfit[:5]) + (f" and {len(unfit) - 5} more" if len(unfit) > 5 else ""),
             cure="call the compressed model itself, or leave these modules out in the recipe",
         )
@@ -74,13 +76,19 @@ def _expressible(model: nn.Module, names: list[str], operator: str) -> bool:
 def _operator(module: nn.Module) -> str | None:
     if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
         return "linear"
+    if isinstance(module, nn.Conv2d) and symmetric_padding(module) is not None:
+        return "conv2d"
     return "embedding" if isinstance(module, nn.Embedding) else None
+
+
+def _folds(small: Compressed) -> bool:
+    return any(entry.rule == BATCH_NORM_INTO_CONV.name and entry.applied for entry in small.log)
 
 
 def _copy(model: nn.Module, small: Compressed) -> nn.Module:
     """New modules on the tensors of `small`."""
     # Folding writes other weights under a convolution's own names. Only compress folds; it changes nothing else.
-    folded = any(entry.rule == BATCH_NORM_INTO_CONV.name and entry.applied for entry in small.log)
+    folded = _folds(small)
     held: dict[int, Any] = {}
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, own in named:
@@ -112,19 +120,25 @@ def _replace(model: nn.Module, fqn: str, edit: Quantize, small: Compressed) -> N
     if operator == "embedding":
         new = QuantizedEmbedding(weight, dtype)
     else:
-        decided = small.plan.quantize(edit.fqn, "linear") or edit
-        new = _linear(weight, cast("Tensor | None", old.bias), dtype, f"{path}.bias", decided, small)
+        decided = small.plan.quantize(edit.fqn, operator) or edit
+        bias, options = _activation(cast("Tensor | None", old.bias), f"{path}.bias", decided, small)
+        if isinstance(old, nn.Conv2d):
+            options |= {"padding_mode": old.padding_mode, "padding": symmetric_padding(old)}
+            options |= {name: getattr(old, name) for name in ("stride", "dilation", "groups")}
+            new = QuantizedConv2d(weight, bias, dtype=dtype, **options)
+        else:
+            new = QuantizedLinear(weight, bias, dtype=dtype, **options)
     setattr(model.get_submodule(owner), leaf, new)
 
 
-def _linear(
-    weight: QTensor, bias: Tensor | None, dtype: torch.dtype, bias_name: str, edit: Quantize, small: Compressed
-) -> QuantizedLinear:
+def _activation(
+    bias: Tensor | None, bias_name: str, edit: Quantize, small: Compressed
+) -> tuple[Tensor | None, dict[str, Any]]:
+    """What a quantised module is told of its activation, and the bias with the activation's zero point folded in."""
     activation = edit.activation
     if not edit.static or activation is None:
         sums = small.store.get(sums_name(edit.fqn))
-        sums = sums if isinstance(sums, Tensor) else None
-        return QuantizedLinear(weight, bias, activation=activation, dtype=dtype, weight_sums=sums)
+        return bias, {"activation": activation, "weight_sums": sums if isinstance(sums, Tensor) else None}
     stored = [small.store.get(n) for n in (input_scale_name(edit.fqn), input_zero_name(edit.fqn))]
     scale, zero = (t if isinstance(t, Tensor) else None for t in stored)
     zero = zero - asymmetric_shift(activation) if zero is not None else None
@@ -132,7 +146,7 @@ def _linear(
         corrected_bias_name(edit.fqn, None if bias is None else small.store.canonical(bias_name))
     )
     bias = corrected if isinstance(corrected, Tensor) else bias
-    return QuantizedLinear(weight, bias, activation=activation, dtype=dtype, input_scale=scale, input_zero_point=zero)
+    return bias, {"activation": activation, "input_scale": scale, "input_zero_point": zero}
 
 
 def _verify(small: Compressed, copied: nn.Module, model: nn.Module, inputs: Any) -> None:

@@ -140,9 +140,9 @@ def _without_zero(
     """y - (s_x z) sum(W), in fp32, then in the layer's dtype; y (..., N), or (B, N, H, W) of images."""
     name, like = sums_name(_weight_name(found)), found.root
     if program.store.get(name) is None:
-        sums = _sums(program, found).float()
-        images = like.target is aten.conv2d.default
-        program.store.put(name, sums.reshape(1, -1, 1, 1) if images else sums)
+        qtensor = program.store.get(_weight_name(found))
+        assert isinstance(qtensor, QTensor)
+        program.store.put(name, subtracted(qtensor, images=like.target is aten.conv2d.default))
     share = program.emit(aten.mul.Tensor, scale, zero, like=like)
     share = program.emit(aten.mul.Tensor, share, program.get_attr(name, like), like=like)
     y = program.emit(aten.sub.Tensor, y, share, like=like)
@@ -153,11 +153,15 @@ def _weight_name(found: Match) -> str:
     return str(found["codes"].target).removesuffix(".codes")
 
 
-def _sums(program: Program, found: Match) -> Tensor:
+def subtracted(weight: QTensor, *, images: bool) -> Tensor:
+    """fp32 sums of channels as they meet a product (..., N), or (B, N, H, W) of images."""
+    sums = channel_sums(weight).float()
+    return sums.reshape(1, -1, 1, 1) if images else sums
+
+
+def channel_sums(weight: QTensor) -> Tensor:
     """fp64 (N,): what each output channel's weights add up to."""
-    qtensor = program.store.get(_weight_name(found))
-    assert isinstance(qtensor, QTensor)
-    return qtensor.dequantize().reshape(qtensor.shape[0], -1).double().sum(1)
+    return weight.dequantize().reshape(weight.shape[0], -1).double().sum(1)
 
 
 def _corrected_bias(program: Program, found: Match) -> fx.Node | None:
@@ -167,13 +171,20 @@ def _corrected_bias(program: Program, found: Match) -> fx.Node | None:
         return bias
     name = corrected_bias_name(_weight_name(found), program.tensor_of(bias))
     if program.store.get(name) is None:
+        qtensor = program.store.get(_weight_name(found))
         scale, zero = (program.store.get(str(found[n].target)) for n in ("xs", "xz"))
-        assert isinstance(scale, Tensor) and isinstance(zero, Tensor)
-        off = asymmetric_shift(Scheme.parse(found["xscheme"]))
-        shift = -(zero - off).double() * scale.double() * _sums(program, found)
+        assert isinstance(qtensor, QTensor) and isinstance(scale, Tensor) and isinstance(zero, Tensor)
         old = program.store.get(str(bias.target)) if bias is not None else None
-        program.store.put(name, (shift + old.double() if isinstance(old, Tensor) else shift).float().detach())
+        bias_tensor = old if isinstance(old, Tensor) else None
+        shift = asymmetric_shift(Scheme.parse(found["xscheme"]))
+        program.store.put(name, corrected_bias(qtensor, scale, zero - shift, bias_tensor))
     return program.get_attr(name, found.root)
+
+
+def corrected_bias(weight: QTensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None) -> Tensor:
+    """b - z s_x sum_k W[n, k], fp32 (N,); zero_point in int8 terms."""
+    shift = -zero_point.double() * scale.double() * channel_sums(weight)
+    return (shift if bias is None else shift + bias.double()).float().detach()
 
 
 def _marked(new: fx.Node, old: fx.Node) -> fx.Node:

@@ -199,3 +199,8 @@ def module_calls(node: fx.Node) -> Iterator[tuple[str, str]]:
     """(call, dotted path) of each module that a captured node lies in, the outermost first; calls are unique."""
     for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
         yield key, _clean_path(path)
+
+
+def in_backward() -> bool:
+    """Whether the caller runs inside a backward pass, as a checkpointed block does that is computed again."""
+    return torch._C._current_graph_task_id() != -1

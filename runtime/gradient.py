@@ -112,7 +112,8 @@ def through_linear(
     return found
 
 
-def _through_conv2d(x: Tensor, y: Tensor, ranges: Ranges, *rest: Any) -> Tensor:
+def through_conv2d(x: Tensor, y: Tensor, ranges: Ranges, *rest: Any) -> Tensor:
+    """As `through_linear`; rest: int8 filters (O, kh, kw, C), their scale, stride, padding, dilation, groups."""
     inside = in_range(x, *ranges) if ranges else None
     found: Tensor = _Conv2d.apply(x, y, inside, *rest)  # type: ignore[no-untyped-call]
     return found
@@ -143,7 +144,7 @@ def _pass_through(twin: Program, node: fx.Node, sources: Mapping[Any, tuple[Any,
         quantising = args[0].args[0] if args[0].target is operator.getitem else args[0]
         weight = (*args[2:5], args[6])
     if node.target is QCONV2D.overload:
-        through, weight = _through_conv2d, (*args[3:5], *args[6:10])
+        through, weight = through_conv2d, (*args[3:5], *args[6:10])
     x, ranges = sources[quantising]
     with twin.graph.inserting_after(node):
         new = twin.graph.call_function(through, ())

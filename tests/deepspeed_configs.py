@@ -7,6 +7,9 @@ from typing import Any
 JSON = dict[str, Any]
 ATTENTION, FFN, EMBEDDING = ["attention.self", "attention.output.dense"], ["intermediate"], ["word_embeddings"]
 
+# The linears of tests.models' BERT.
+LINEARS = ("query", "key", "value", "dense")
+
 
 def group(modules: Any = ("attention",), related: Any = None, **params: Any) -> JSON:
     made: JSON = {"params": params}
@@ -36,6 +39,15 @@ def layers(kept: tuple[int, ...], enabled: bool = True, **more: Any) -> JSON:
     names = ["bert.pooler", "bert.embeddings", "classifier"]
     found = {"keep_number_layer": len(kept), "teacher_layer": [*kept], "other_module_name": names}
     return {"enabled": enabled, "module_name_prefix": "bert.encoder.layer", **found, **more}
+
+
+def falling(start: int, target: int, period: int = 1, modules: Any = LINEARS, **shared: Any) -> JSON:
+    """Weights of one group on MoQ's schedule."""
+    return weights({"wq1": bits(start, target, period, modules)}, **shared)
+
+
+def static(kind: str = "symmetric", modules: Any = LINEARS, **shared: Any) -> JSON:
+    return activations(modules, quantization_type=kind, range_calibration="static", **shared)
 
 
 def pruning_off() -> JSON:

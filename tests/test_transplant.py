@@ -9,7 +9,7 @@ from torch import nn
 
 import dwindle
 from dwindle.frontends.transplant import TransplantError
-from dwindle.runtime.modules import QuantizedEmbedding, QuantizedLinear
+from dwindle.runtime.modules import QuantizedConv2d, QuantizedEmbedding, QuantizedLinear
 from dwindle.runtime.qtensor import QTensor
 
 STATIC = {
@@ -76,7 +76,30 @@ def test_the_copy_is_smaller_and_shares_the_rest() -> None:
     assert packed <= {b.data_ptr() for b in small.buffers()}
 
 
-def test_convolutions_are_refused_by_name() -> None:
+@pytest.mark.parametrize("static", [False, True])
+def test_convolutions_agree_where_no_norm_is_folded_into_them(static: bool) -> None:
+    model, inputs = ZOO["convnext"]()
+    weight = {"operators": ["linear", "conv2d"]}
+    recipe = "static-w8a8" if static else {"quantize": [weight]}
+    small = dwindle.compress(model, recipe, inputs=inputs, data=[inputs])
+    eager = dwindle.transplant(small, model, inputs=inputs)
+    assert any(isinstance(m, QuantizedConv2d) for m in eager.modules())
+    with torch.no_grad():
+        assert torch.allclose(_first(eager(**inputs)), _first(small(**inputs)), atol=1e-6)
+
+
+def test_convolutions_of_a_student_agree() -> None:
+    model, inputs = ZOO["cnn"]()
+    entry = {"operators": ["linear", "conv2d"], "activation": {"range": "static", "kind": "asymmetric"}}
+    student = dwindle.prepare(model.train(), {"quantize": [entry]}, inputs=inputs, data=[inputs])
+    small = student.eval().finish()
+    eager = dwindle.transplant(small, model, inputs=inputs)
+    assert any(isinstance(m, QuantizedConv2d) and m.activation for m in eager.modules())
+    with torch.no_grad():
+        assert torch.allclose(eager(**inputs), small(**inputs), atol=1e-6)
+
+
+def test_convolutions_with_a_folded_norm_are_refused_by_name() -> None:
     model, inputs = ZOO["resnet"]()
     small = dwindle.compress(model, "static-w8a8", inputs=inputs, data=[inputs])
     with pytest.raises(TransplantError, match=r"(?s)convolution\.weight.*cure"):

@@ -1,1 +1,1 @@
-"""DeepSpeed's compression configuration: read with its own keys and defaults, and a report on what becomes of each."""
+"""DeepSpeed's compression: its configuration and a report on what becomes of each key, and its old entry points."""

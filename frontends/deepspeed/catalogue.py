@@ -256,7 +256,7 @@ PRUNING: tuple[Fact, ...] = (
         NO_EFFECT,
         "DeepSpeed's library never reads it; here it must be the length of teacher_layer",
     ),
-    Fact("layer_reduction.*", NOT_YET),
+    Fact("layer_reduction.*", NOT_YET, "init_compression with teacher_model= copies the layers; a recipe does not yet"),
 )
 
 MODULES: tuple[Fact, ...] = (

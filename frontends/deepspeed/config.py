@@ -4,7 +4,8 @@ parse("ds_config.json").weight_quantization.groups[0].target_bits
 
 Both spellings of MoQ are read: `compression_training`, and `quantize_training` of 2021. A section that is off may
 hold anything; in one that is on, a key that DeepSpeed would ignore is an error that names the key that was meant.
-Whether two regular expressions choose the same module cannot be told without the model and is not checked here.
+Whether two regular expressions of a technique choose the same module, which is an error as in DeepSpeed, cannot be told
+without the model: it is checked when that is prepared.
 """
 
 from __future__ import annotations

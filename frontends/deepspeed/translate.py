@@ -7,7 +7,8 @@
                               since only integers times integers are faster
     quantize_training (2021)  MoQ on every weight, its periods turned into steps
 
-Pruning and layer reduction are read and reported (`migration`), and refused here until they exist.
+Pruning and layer reduction are read and reported (`migration`), and refused here until they exist. The layers that
+init_compression copies from a teacher are no part of a recipe.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ def _weights(section: WeightQuantization) -> Iterator[QuantizeEntry]:
         schedule = _in_forward(section) if section.quantize_weight_in_forward else _moq(section, group)
         rounding = "nearest" if section.quantize_weight_in_forward else section.rounding
         weight = _weight(group.target_bits, section.quantization_type, section.quantize_groups, rounding)
-        yield QuantizeEntry(patterns=group.modules, operators=WEIGHTS, weight=weight, schedule=schedule)
+        yield QuantizeEntry(
+            patterns=group.modules, operators=WEIGHTS, weight=weight, schedule=schedule, section="weight_quantization"
+        )
 
 
 def _weight(bits: int, kind: str, groups: int, rounding: str) -> WeightSettings:
@@ -129,7 +132,13 @@ def _activations(section: ActivationQuantization) -> Iterator[QuantizeEntry]:
             "offset": section.schedule_offset,
         }
         activation = ActivationSettings.model_validate(settings)
-        yield QuantizeEntry(patterns=group.modules, operators=ACTIVATIONS, weight="keep", activation=activation)
+        yield QuantizeEntry(
+            patterns=group.modules,
+            operators=ACTIVATIONS,
+            weight="keep",
+            activation=activation,
+            section="activation_quantization",
+        )
 
 
 def _sensitivity(config: DeepSpeedConfig) -> SensitivitySettings | None:

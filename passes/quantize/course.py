@@ -117,6 +117,19 @@ class Course:
             or (fqn in self.inputs and self.inputs[fqn].bits == FULL)
         ]
 
+    def require_settled(self, cure: str) -> None:
+        """Raise ScheduleError where a schedule is not over; `cure`: what the caller offers then."""
+        left = self.unsettled()
+        if left:
+            raise ScheduleError(
+                f"{len(left)} of {len(self.weights)} weights are not at the end of their schedule",
+                required="every weight at its target, and every activation quantised",
+                found=f"{self.average_bits():.2f} bits on average after {self.step} steps: "
+                + ", ".join(left[:3])
+                + (" ..." if len(left) > 3 else ""),
+                cure=cure,
+            )
+
     def scheme(self, fqn: str) -> Scheme | None:
         """The scheme of a weight as it is now; None while it is in full precision, or wider than can be packed."""
         bits = self.weights[fqn].bits

@@ -18,11 +18,12 @@ from torch import Tensor
 from ...runtime.errors import RecipeError, SchemeError
 from ...runtime.numerics import scale_shape
 from ...runtime.plan import Quantize
-from ...runtime.program import Entry, Program, value_of
+from ...runtime.program import Entry, Program
 from ...runtime.qtensor import packed_nbytes, require_finite
 from ...runtime.scheme import Scheme
+from ...runtime.store import Store
 from .schedule import AT_ONCE, Schedule
-from .sites import Site, find_sites, readers
+from .sites import Reading, Use, reading
 
 STAGE = "decide"
 
@@ -40,6 +41,7 @@ class QuantizeRule:
         their weight is as earlier rules have it; groups: how many scales it has, in place of the scheme's granularity
     learned: the weight's scale is trained; schedule: its bits while training
     activation: None is weight-only; static: calibrate the activation's range instead of taking it on each call
+    section: of a configuration; no two patterns of one section may choose the same module
     """
 
     modules: tuple[str, ...] = ("*",)
@@ -53,6 +55,7 @@ class QuantizeRule:
     activation: Scheme | None = None
     static: bool = False
     activation_schedule: Schedule = AT_ONCE
+    section: str = ""
 
     def selects(self, names: Sequence[str]) -> bool:
         """Whether a module that answers to `names` is meant."""
@@ -70,23 +73,27 @@ class Pace:
 
 def decide(program: Program, rules: Sequence[QuantizeRule]) -> dict[Quantize, Pace]:
     """Edits for every site that a rule selects. Raises RecipeError or SchemeError; see the rules' docstring."""
-    sites = find_sites(program)
-    _require_matches(program, sites, rules)
-    wanted: dict[str, list[tuple[Site, QuantizeRule | None]]] = defaultdict(list)
-    for site in sites:
-        wanted[site.fqn].append((site, _rule_for(program, site, rules)))
-    return {edit: pace for fqn, calls in wanted.items() for edit, pace in _edits(program, fqn, calls)}
+    return decided(reading(program), rules)
 
 
-def names_of(program: Program, site: Site) -> list[str]:
-    """The module paths a site answers to: those of its weight under all its names."""
-    return [name.rpartition(".")[0] or name for name in program.store.names_of(site.fqn)]
+def decided(model: Reading, rules: Sequence[QuantizeRule]) -> dict[Quantize, Pace]:
+    """`decide` for uses, wherever they were found."""
+    _require_matches(model, rules)
+    wanted: dict[str, list[tuple[Use, QuantizeRule | None]]] = defaultdict(list)
+    for use in model.uses:
+        wanted[use.fqn].append((use, _rule_for(model, use, rules)))
+    return {edit: pace for fqn, calls in wanted.items() for edit, pace in _edits(model, fqn, calls)}
 
 
-def _rule_for(program: Program, site: Site, rules: Sequence[QuantizeRule]) -> QuantizeRule | None:
-    names, added = names_of(program, site), None
+def names_of(store: Store, fqn: str) -> list[str]:
+    """The module paths a weight answers to, under all its names."""
+    return [name.rpartition(".")[0] or name for name in store.names_of(fqn)]
+
+
+def _rule_for(model: Reading, use: Use, rules: Sequence[QuantizeRule]) -> QuantizeRule | None:
+    names, added = names_of(model.store, use.fqn), None
     for rule in reversed(rules):
-        if site.operator not in rule.operators or not rule.selects(names):
+        if use.operator not in rule.operators or not rule.selects(names):
             continue
         if rule.adds:
             added = added or rule
@@ -98,11 +105,17 @@ def _rule_for(program: Program, site: Site, rules: Sequence[QuantizeRule]) -> Qu
     return None
 
 
-def _require_matches(program: Program, sites: Sequence[Site], rules: Sequence[QuantizeRule]) -> None:
+def _require_matches(model: Reading, rules: Sequence[QuantizeRule]) -> None:
+    chosen: dict[tuple[str, str], str] = {}  # by section and module: the pattern that chose it
     for rule in rules:
-        known = sorted({n for s in sites if s.operator in rule.operators for n in names_of(program, s)})
+        uses = [use for use in model.uses if use.operator in rule.operators]
+        known = sorted({name for use in uses for name in names_of(model.store, use.fqn)})
         for pattern, of in (*((p, "glob") for p in rule.modules), *((p, "pattern") for p in rule.patterns)):
-            if pattern == "*" or (fnmatch.filter(known, pattern) if of == "glob" else _searched(pattern, known)):
+            matched = fnmatch.filter(known, pattern) if of == "glob" else _searched(pattern, known)
+            for name in matched if rule.section else ():
+                _require_free(chosen, rule.section, name, pattern)
+                chosen[rule.section, name] = pattern
+            if pattern == "*" or matched:
                 continue
             near = difflib.get_close_matches(pattern.strip("*."), known, n=3, cutoff=0.3) or known[:3]
             raise RecipeError(
@@ -113,110 +126,115 @@ def _require_matches(program: Program, sites: Sequence[Site], rules: Sequence[Qu
             )
 
 
+def _require_free(chosen: dict[tuple[str, str], str], section: str, name: str, pattern: str) -> None:
+    """Of one section no two patterns may choose a module: which of them counts would depend on their order."""
+    if (section, name) in chosen:
+        raise RecipeError(
+            f"two patterns of {section} choose {name}",
+            required="each module chosen once",
+            found=f"{chosen[section, name]!r} and {pattern!r}",
+            cure="narrow one of them: they are searched for anywhere in a name, so give a longer path or anchor with $",
+        )
+
+
 def _searched(pattern: str, names: Sequence[str]) -> list[str]:
     return [name for name in names if re.search(pattern, name)]
 
 
-def _edits(
-    program: Program, fqn: str, calls: Sequence[tuple[Site, QuantizeRule | None]]
-) -> list[tuple[Quantize, Pace]]:
-    chosen = [(site, rule) for site, rule in calls if rule is not None]
+def _edits(model: Reading, fqn: str, calls: Sequence[tuple[Use, QuantizeRule | None]]) -> list[tuple[Quantize, Pace]]:
+    chosen = [(use, rule) for use, rule in calls if rule is not None]
     if not chosen:
         return []
-    reason = _unfit(program, fqn, calls)
+    reason = _unfit(model, fqn, calls)
     if reason is not None:
-        program.log.append(Entry(stage=STAGE, rule="decide.quantize", where=fqn, applied=False, reason=reason))
+        model.log.append(Entry(stage=STAGE, rule="decide.quantize", where=fqn, applied=False, reason=reason))
         return []
     widest = max((rule for _, rule in chosen), key=lambda rule: rule.weight.bits if rule.weight else 0)
-    scheme = _fitted(program, chosen[0][0], widest)
-    reason = _no_gain(program, chosen[0][0], scheme)
+    scheme = _fitted(model, chosen[0][0], widest)
+    reason = _no_gain(model, chosen[0][0], scheme)
     if reason is not None:
-        program.log.append(Entry(stage=STAGE, rule="decide.quantize", where=fqn, applied=False, reason=reason))
+        model.log.append(Entry(stage=STAGE, rule="decide.quantize", where=fqn, applied=False, reason=reason))
         return []
     edits: dict[str, tuple[Quantize, Pace]] = {}
-    for site, rule in chosen:
-        meets = _meeting(site, rule.activation)
+    for use, rule in chosen:
+        meets = _meeting(use, rule.activation)
         edit = Quantize(
             fqn=fqn,
-            operator=site.operator,
+            operator=use.operator,
             weight=scheme,
             activation=meets,
             static=rule.static and meets is not None,
             learned=widest.learned,
         )
-        edits[site.operator] = _affordable(program, site, edit), Pace(widest.schedule, rule.activation_schedule)
+        edits[use.operator] = _affordable(model, use, edit), Pace(widest.schedule, rule.activation_schedule)
     return list(edits.values())
 
 
-def _meeting(site: Site, activation: Scheme | None) -> Scheme | None:
-    """The scheme of a site's activation: what is token-wise for a linear layer is image-wise for a convolution."""
-    if activation is None or site.operator == "embedding":
+def _meeting(use: Use, activation: Scheme | None) -> Scheme | None:
+    """The scheme of a use's activation: what is token-wise for a linear layer is image-wise for a convolution."""
+    if activation is None or use.operator == "embedding":
         return None
     if activation.granularity == "tensor":
         return activation
-    return replace(activation, granularity="image" if site.operator.startswith("conv") else "token")
+    return replace(activation, granularity="image" if use.operator.startswith("conv") else "token")
 
 
-def _unfit(program: Program, fqn: str, calls: Sequence[tuple[Site, QuantizeRule | None]]) -> str | None:
-    left_out = [site.node.name for site, rule in calls if rule is None]
+def _unfit(model: Reading, fqn: str, calls: Sequence[tuple[Use, QuantizeRule | None]]) -> str | None:
+    left_out = [use.label for use, rule in calls if rule is None]
     if left_out:
         return f"the weight is shared with {', '.join(left_out)}, which the recipe leaves in floating point"
-    if len({site.transposed for site, _ in calls}) > 1:
+    if len({use.transposed for use, _ in calls}) > 1:
         return "the weight is read both as it is and transposed"
-    known = {site.node for site, _ in calls}
-    others = [node.name for node in readers(program, fqn) if node not in known]
+    others = model.others(fqn)
     return f"the weight is read by {', '.join(others)} as well" if others else None
 
 
-def _no_gain(program: Program, site: Site, scheme: Scheme) -> str | None:
-    weight = program.store.get(site.fqn)
+def _no_gain(model: Reading, use: Use, scheme: Scheme) -> str | None:
+    weight = model.store.get(use.fqn)
     assert isinstance(weight, Tensor)
-    shape = tuple(weight.shape[::-1]) if site.transposed else tuple(weight.shape)
+    shape = tuple(weight.shape[::-1]) if use.transposed else tuple(weight.shape)
     before, after = weight.numel() * weight.element_size(), packed_nbytes(shape, scheme)
     return f"packed it would take {after} bytes, now {before}" if after >= before else None
 
 
-def _fitted(program: Program, site: Site, rule: QuantizeRule) -> Scheme:
+def _fitted(model: Reading, use: Use, rule: QuantizeRule) -> Scheme:
     """The rule's scheme for one weight. Raises SchemeError where it does not divide."""
-    weight, scheme = program.store.get(site.fqn), rule.weight
+    weight, scheme = model.store.get(use.fqn), rule.weight
     assert isinstance(weight, Tensor) and scheme is not None
-    require_finite(weight, site.fqn)
-    shape = tuple(weight.shape[::-1]) if site.transposed else tuple(weight.shape)
+    require_finite(weight, use.fqn)
+    shape = tuple(weight.shape[::-1]) if use.transposed else tuple(weight.shape)
     try:
-        if rule.groups is not None and site.operator == "embedding":
+        if rule.groups is not None and use.operator == "embedding":
             scheme = replace(scheme, granularity="channel", group_size=None)  # a row at a time is what is looked up
         elif rule.groups is not None:
             scheme = scheme.divided(shape, rule.groups)
         scale_shape(shape, scheme)
     except SchemeError as error:
         raise SchemeError(
-            f"{site.fqn}: {error.message}", required=error.required, found=error.found, cure=error.cure
+            f"{use.fqn}: {error.message}", required=error.required, found=error.found, cure=error.cure
         ) from error
     return scheme
 
 
-def _affordable(program: Program, site: Site, edit: Quantize) -> Quantize:
+def _affordable(model: Reading, use: Use, edit: Quantize) -> Quantize:
     """Convolutions whose integer form would not pay keep int8 storage and compute in floating point."""
-    if not site.operator.startswith("conv") or edit.activation is None:
+    if not use.operator.startswith("conv") or edit.activation is None:
         return edit
-    weight = program.store.get(site.fqn)
+    weight = model.store.get(use.fqn)
     assert isinstance(weight, Tensor)
-    groups = site.node.args[6] if len(site.node.args) > 6 else 1
     reason = None
     stored = edit.weight.stored
-    if site.operator == "conv1d":
+    if use.operator == "conv1d":
         reason = "no integer convolution in one dimension; stored only"
     elif (stored.bits, stored.kind, stored.granularity) != (8, "symmetric", "channel"):
         reason = f"no integer convolution for weights {edit.weight.spell()}; stored only"
-    elif site.activation is not None and value_of(site.activation).dim() != 4:
+    elif not use.batched:
         reason = "the input has no batch dimension; stored only"
-    elif groups != 1:
-        reason = f"{groups} groups: no integer GEMM to gain; stored in {edit.weight.bits} bits, computed in float"
+    elif use.groups != 1:
+        reason = f"{use.groups} groups: no integer GEMM to gain; stored in {edit.weight.bits} bits, computed in float"
     elif weight.shape[1] < MIN_CONV_CHANNELS:
         reason = f"{weight.shape[1]} input channels: gathering patches costs more than int8 gains; stored only"
     if reason is None:
         return edit
-    program.log.append(
-        Entry(stage=STAGE, rule="decide.quantize_activation", where=site.fqn, applied=False, reason=reason)
-    )
+    model.log.append(Entry(stage=STAGE, rule="decide.quantize_activation", where=use.fqn, applied=False, reason=reason))
     return replace(edit, activation=None, static=False)

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from ...runtime import numerics
 from ...runtime.errors import CalibrationError
+from ...runtime.numerics import Params
 from ...runtime.ops.training import (
     FAKE_QUANTIZE_LEARNED,
     FAKE_QUANTIZE_LIVE,
@@ -98,7 +99,7 @@ class Live:
 
     def weight(self, program: Program, site: Site, edit: Quantize) -> None:
         """The simulated weight before the call, or the simulated rows after it."""
-        rows = _by_row(program, site, edit)
+        rows = by_row(edit, alone=len(list(readers(program, site.fqn))) == 1)
         if rows is not None:
             fake = self._fake(program, site, site.node, edit, rows, site.node.next)
             site.node.replace_all_uses_with(fake, delete_user_cb=lambda user: user is not fake)
@@ -151,12 +152,15 @@ class Live:
         return True
 
 
-def _by_row(program: Program, site: Site, edit: Quantize) -> Scheme | None:
-    """The scheme of looked-up rows, where quantising them is the same as quantising the whole table first."""
+def by_row(edit: Quantize, *, alone: bool) -> Scheme | None:
+    """The scheme of looked-up rows, where quantising them is the same as quantising the whole table first.
+
+    alone: nothing else reads the table
+    """
     scheme = edit.weight
-    if site.operator != "embedding" or edit.learned or scheme.granularity not in ("channel", "group"):
+    if edit.operator != "embedding" or edit.learned or scheme.granularity not in ("channel", "group"):
         return None
-    if scheme.rounding != "nearest" or len(list(readers(program, site.fqn))) > 1:
+    if scheme.rounding != "nearest" or not alone:
         return None  # an element's random number goes by its place in the table
     return replace(scheme, granularity="token") if scheme.granularity == "channel" else scheme
 
@@ -177,7 +181,11 @@ def place_ranges(
 
 def is_empty(store: Store, fqn: str) -> bool:
     """Whether nothing was seen yet of the static range of the activation that meets a weight."""
-    span = Gauge(fqn, of_input=True).tensor(store, "range")
+    return unseen(Gauge(fqn, of_input=True).tensor(store, "range"))
+
+
+def unseen(span: Tensor) -> bool:
+    """Whether a range has no width, which it has before the first batch."""
     return bool(span[0] == span[1])
 
 
@@ -206,14 +214,19 @@ def _put_scales(store: Store, edit: Quantize) -> None:
         step = Gauge(edit.fqn).tensor(store, "step")
         store.put(weight_scale_name(edit.fqn), learned_scale(step.detach()))
     if edit.static and edit.activation is not None:
-        if is_empty(store, edit.fqn):
-            raise CalibrationError(
-                f"the input of {edit.fqn} has a static range that nothing was seen of",
-                required="at least one training step",
-                found="none",
-                cure="train, or choose range 'dynamic'",
-            )
-        params = range_params(Gauge(edit.fqn, of_input=True).tensor(store, "range"), edit.activation)
+        params = observed(Gauge(edit.fqn, of_input=True).tensor(store, "range"), edit.activation, edit.fqn)
         store.put(input_scale_name(edit.fqn), params.scale)
         if params.zero_point is not None:
             store.put(input_zero_name(edit.fqn), params.zero_point)
+
+
+def observed(span: Tensor, scheme: Scheme, fqn: str) -> Params:
+    """Parameters of a range that training observed. Raises CalibrationError where it saw nothing."""
+    if unseen(span):
+        raise CalibrationError(
+            f"the input of {fqn} has a static range that nothing was seen of",
+            required="at least one training step",
+            found="none",
+            cure="train, or choose range 'dynamic'",
+        )
+    return range_params(span, scheme)

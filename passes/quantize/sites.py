@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from ...runtime import compat
-from ...runtime.program import Program
+from ...runtime.program import Entry, Program, value_of
+from ...runtime.store import Store
 
 aten = torch.ops.aten
 
@@ -38,6 +39,31 @@ class Site:
         return first if self.operator != "embedding" and isinstance(first, fx.Node) else None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Use:
+    """A read of a stored weight as deciding sees it: a call in a graph, or a module of which there is no graph.
+
+    label: what the reader is called; groups: of a convolution; batched: its input has a batch dimension
+    """
+
+    operator: str
+    fqn: str
+    label: str
+    transposed: bool = False
+    groups: int = 1
+    batched: bool = True
+
+
+@dataclass(frozen=True)
+class Reading:
+    """All uses of a model's weights in order, and by a weight's name the readers that no operator stands for."""
+
+    store: Store
+    uses: tuple[Use, ...]
+    others: Callable[[str], list[str]]
+    log: list[Entry]
+
+
 # Operator, the ATen call, and which argument is the weight.
 _CALLS = (
     ("linear", aten.linear.default, 1),
@@ -58,6 +84,32 @@ def readers(program: Program, fqn: str) -> Iterator[fx.Node]:
         if program.tensor_of(node) == fqn:
             for user in node.users:
                 yield from user.users if _is_transpose(user) else (user,)
+
+
+def reading(program: Program) -> Reading:
+    """The graph's sites as uses."""
+    sites = find_sites(program)
+    known = {site.node for site in sites}
+
+    def others(fqn: str) -> list[str]:
+        return [node.name for node in readers(program, fqn) if node not in known]
+
+    return Reading(program.store, tuple(map(_use, sites)), others, program.log)
+
+
+def _use(site: Site) -> Use:
+    conv = site.operator.startswith("conv")
+    groups = site.node.args[6] if conv and len(site.node.args) > 6 else 1
+    assert isinstance(groups, int)
+    spatial = 3 if site.operator == "conv1d" else 4
+    return Use(
+        operator=site.operator,
+        fqn=site.fqn,
+        label=site.node.name,
+        transposed=site.transposed,
+        groups=groups,
+        batched=not conv or site.activation is None or value_of(site.activation).dim() == spatial,
+    )
 
 
 def _site(program: Program, node: fx.Node) -> Site | None:
