@@ -1,118 +1,110 @@
-"""What training with quantisation costs in quality: flat, on MoQ's schedules, adaptive, and rounding afterwards.
+"""What training with quantisation costs in quality: flat, on MoQ's schedule, adaptive, and rounding afterwards.
 
-    python benchmarks/quantised_training.py sentiment-w8 [--seeds 0 1 2] [--runs float flat] [--again]
+    python benchmarks/quantised_training.py sentiment-w8 [--seeds 0 1 2] [--runs flat moq] [--quick] [--again]
 
 Every run of a table has the data, the order, the steps and the learning rates of the float one of the same seed
-(`training.py`); what is measured is the finished model, integers and all. Differences to float are paired: mean over
-the seeds and items, and the 95 % bootstrap interval over items, each with its mean over seeds. Runs are kept one by
-one, so a table that was stopped goes on where it was.
+(`training.py`); what is measured is the finished model, integers and all. Differences to float are paired: an item's
+score is its mean over the seeds, and the 95 % bootstrap interval is over items. Runs are kept one by one, so a table
+that was stopped goes on where it was. --quick: 30 steps, which shows that it runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import timing  # before torch
 from language import evaluate_language, load_austen, load_glass
 from results import Point, Results
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 from training import BATCH, LANGUAGE, SENTIMENT, random_windows, shuffled, train
 
 import dwindle
+from dwindle.frontends.retrieval import paired_difference
 from dwindle.frontends.sentiment import evaluate_sentiment, load_classifier, sentiment_task
 
-TOKENWISE = {"bits": 8, "range": "dynamic"}
+Recipe = Mapping[str, Any]
+QUICK = 30  # steps
 
 
-def w8(schedule: Mapping[str, Any] | None = None, **more: Any) -> dict[str, Any]:
-    """Every linear layer with 8 bits in 8 groups, and activations of 8 bits a token."""
-    return _linears({"bits": 8, "groups": 8}, schedule, **more)
-
-
-def grouped(bits: int, schedule: Mapping[str, Any] | None = None, **more: Any) -> dict[str, Any]:
-    """Every linear layer with `bits` bits and one scale a group of 128 inputs, and activations of 8 bits a token.
-
-    Two bits are ternary: uniform ones would be as well, with a scale that leaves most weights zero.
-    """
-    kind = "ternary" if bits == 2 else "symmetric"
-    return _linears({"bits": bits, "kind": kind, "group_size": 128}, schedule, **more)
-
-
-def _linears(weight: Mapping[str, Any], schedule: Mapping[str, Any] | None, **more: Any) -> dict[str, Any]:
-    entry = {"operators": ["linear"], "weight": weight, "activation": TOKENWISE}
+def linears(weight: Recipe, schedule: Recipe | None = None, **more: Any) -> Recipe:
+    """Every linear layer, with activations of 8 bits a token."""
+    activation = {"bits": 8, "range": "dynamic"}
+    entry = {"operators": ["linear"], "weight": weight, "activation": activation}
     return {"quantize": [entry], **({"schedule": schedule} if schedule else {}), **more}
 
 
-def w4_language(schedule: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def grouped(bits: int) -> Recipe:
+    """Weights of `bits` bits, one scale a group of 128 inputs; two bits are ternary, where uniform ones lose most."""
+    return {"bits": bits, "kind": "ternary" if bits == 2 else "symmetric", "group_size": 128}
+
+
+def adaptive(bits: float) -> Recipe:
+    """From 8 bits to `bits` on average, a quarter of the layers at once, when the learning rate has risen."""
+    return {"type": "adaptive", "start_bits": 8, "average_bits": bits, "offset": 25, "interval": 4, "share": 0.25}
+
+
+def language_w4(schedule: Recipe | None = None) -> Recipe:
     """Weights of 4 bits in groups of 32, the shared embedding among them; activations stay in floating point."""
     entry = {"operators": ["linear", "embedding"], "weight": {"bits": 4, "group_size": 32}}
     odd = {"modules": "*.down_proj", "weight": {"bits": 4, "group_size": 31}}  # of 341 inputs
     return {"quantize": [entry, odd], **({"schedule": schedule} if schedule else {})}
 
 
-@dataclass(frozen=True)
-class Run:
-    """A row: what is simulated while training (None: nothing), and what is done to the model after it."""
-
-    name: str
-    recipe: Mapping[str, Any] | None = None
-    afterwards: Mapping[str, Any] | None = None
-
-
+W8 = {"bits": 8, "groups": 8}
 MOQ = {"type": "moq", "start_bits": 12, "period": 8}  # drops at 8, 16, 32 and 64 steps
-# Factors of 4 and 5 leave two drops in a run of 250 steps: at 12 and 12 * 2 * factor.
+# A factor of 5 leaves room for two drops in 250 steps: at 12 and 12 * 2 * 5.
 MOQ_CURVED = {"type": "moq", "start_bits": 10, "period": 12}
 ONCE = {"method": "eigenvalue", "every": 1000, "iterations": 20}
 
 
-def adaptive(bits: float) -> dict[str, Any]:
-    """From 8 bits to `bits` on average, a quarter of the layers at once, after the learning rate has risen."""
-    return {"type": "adaptive", "start_bits": 8, "average_bits": bits, "offset": 25, "interval": 4, "share": 0.25}
-
-
 @dataclass(frozen=True)
-class Table_:
-    """Runs that are compared, the float one first."""
+class Run:
+    """One training. recipe: what is simulated in it, None for nothing; afterwards: recipes for its result, by name."""
 
-    task: str
-    runs: tuple[Run, ...]
+    name: str
+    recipe: Recipe | None = None
+    afterwards: Mapping[str, Recipe] = field(default_factory=dict)
 
 
-TABLES: dict[str, Table_] = {
-    "sentiment-w8": Table_(
+FLOAT = {
+    "sentiment": Run("float", None, {"w8 rounded": linears(W8), "w4 rounded": linears(grouped(4))}),
+    "language": Run("float", None, {"w4 rounded": language_w4()}),
+}
+
+# By table: the task, and its runs besides the float one.
+TABLES: dict[str, tuple[str, tuple[Run, ...]]] = {
+    "sentiment-w8": (
         "sentiment",
         (
-            Run("float"),
-            Run("flat", w8()),
-            Run("moq", w8(MOQ)),
-            Run("moq, eigenvalues", w8(MOQ_CURVED, sensitivity=ONCE)),
+            Run("w8 flat", linears(W8)),
+            Run("w8 moq", linears(W8, MOQ)),
+            Run("w8 moq, eigenvalues", linears(W8, MOQ_CURVED, sensitivity=ONCE)),
         ),
     ),
-    "sentiment-low": Table_(
+    "sentiment-low": (
         "sentiment",
         (
-            Run("float"),
-            Run("w4 rounded afterwards", None, grouped(4)),
-            Run("w4 flat", grouped(4)),
-            Run("w4 adaptive", grouped(3, adaptive(4.0))),
-            Run("w3 flat", grouped(3)),
-            Run("w3 adaptive", grouped(2, adaptive(3.0))),
+            Run("w4 flat", linears(grouped(4))),
+            Run("w4 adaptive", linears(grouped(3), adaptive(4.0))),
+            Run("w3 flat", linears(grouped(3))),
+            Run("w3 adaptive", linears(grouped(2), adaptive(3.0))),
         ),
     ),
-    "language": Table_(
+    "language": (
         "language",
         (
-            Run("float"),
-            Run("w4 rounded afterwards", None, w4_language()),
-            Run("w4 flat", w4_language()),
-            Run("w4 moq", w4_language({"type": "moq", "start_bits": 8, "period": 8})),
+            Run("w4 flat", language_w4()),
+            Run("w4 moq", language_w4({"type": "moq", "start_bits": 8, "period": 8})),
         ),
     ),
 }
@@ -120,7 +112,7 @@ TABLES: dict[str, Table_] = {
 
 @dataclass(frozen=True)
 class Task:
-    """A model, its batches in the order of a seed, and what is measured of it."""
+    """A model, its batches in the order of a seed, and what is measured of it: per-item `scores` among it."""
 
     load: Callable[[int], nn.Module]
     batches: Callable[[int], Iterator[dict[str, Tensor]]]
@@ -128,23 +120,21 @@ class Task:
     settings: Mapping[str, Any]
 
 
-@functools.cache
 def sentiment() -> Task:
     """MiniLM's sentences; an item's score is 1 where its sign is right."""
     task = sentiment_task()
 
     def evaluate(model: Callable[..., Any]) -> Point:
         found = evaluate_sentiment(model)
-        scores = "".join(str(int(right)) for right in found.correct)
-        signs = "".join(map(str, found.predictions))
+        scores, signs = ("".join(str(int(v)) for v in values) for values in (found.correct, found.predictions))
         return {"accuracy": found.accuracy, "correlation": found.correlation, "scores": scores, "signs": signs}
 
-    return Task(
-        lambda s: load_classifier(seed=s, quiet=True), lambda s: shuffled(task.train, seed=s), evaluate, SENTIMENT
-    )
+    def load(seed: int) -> nn.Module:
+        return load_classifier(seed=seed, quiet=True)
+
+    return Task(load, lambda seed: shuffled(task.train, seed=seed), evaluate, SENTIMENT)
 
 
-@functools.cache
 def language() -> Task:
     """GlassLM's windows; an item's score is its loss."""
     _, tokenizer = load_glass(quiet=True)
@@ -154,95 +144,107 @@ def language() -> Task:
         found = evaluate_language(model, test)
         return {"perplexity": found.perplexity, "scores": [round(loss, 6) for loss in found.losses]}
 
-    return Task(lambda s: load_glass(quiet=True)[0], lambda s: random_windows(novels, seed=s), evaluate, LANGUAGE)
+    def load(seed: int) -> nn.Module:
+        model: nn.Module = load_glass(quiet=True)[0]
+        return model
+
+    return Task(load, lambda seed: random_windows(novels, seed=seed), evaluate, LANGUAGE)
 
 
 TASKS: dict[str, Callable[[], Task]] = {"sentiment": sentiment, "language": language}
 
 
-def measured(task: Task, run: Run, seed: int) -> Point:
+def measure(task: Task, run: Run, seed: int) -> Point:
     """Train, finish, evaluate."""
-    model, batches = task.load(seed), task.batches(seed)
-    first = next(task.batches(seed))
+    model, example = task.load(seed), next(task.batches(seed))
+    unlabelled = {name: value for name, value in example.items() if name != "labels"}
     started = time.process_time()
     if run.recipe is None:
-        train(model, batches, **task.settings, seed=seed)
-        trained = time.process_time()
-        point = (
-            task.evaluate(model)
-            if run.afterwards is None
-            else _finished(
-                task,
-                dwindle.compress(
-                    model,
-                    run.afterwards,
-                    inputs={"input_ids": first["input_ids"]}
-                    if "attention_mask" not in first
-                    else {k: first[k] for k in ("input_ids", "attention_mask")},
-                ),
-            )
-        )
-        return {**point, "training CPU s": trained - started}
-    student = dwindle.prepare(model, run.recipe, inputs=first)
-    drops: list[Any] = []
+        train(model, task.batches(seed), **task.settings, seed=seed)
+        point = {"training CPU s": time.process_time() - started, **task.evaluate(model)}
+        for name, recipe in run.afterwards.items():
+            point[name] = finished(task, dwindle.compress(model, recipe, inputs=unlabelled))
+        return point
+    student = dwindle.prepare(model, run.recipe, inputs=example)
     losses = train(
-        student,
-        batches,
-        **task.settings,
-        seed=seed,
-        after_step=lambda step, loss: drops.extend((d.step, d.fqn, d.after) for d in student.step()),
+        student, task.batches(seed), **task.settings, seed=seed, after_step=lambda step, loss: student.step() and None
     )
-    trained = time.process_time()
+    point = {"training CPU s": time.process_time() - started, "last losses": float(np.mean(losses[-25:]))}
     small = student.finish(early=student.pacer.controller is not None)
-    found = task.evaluate(student)
-    point = _finished(task, small)
+    point |= finished(task, small)
     if "signs" in point:
-        same = sum(a == b for a, b in zip(found["signs"], point["signs"], strict=True))
-        point["agrees with the student"] = same / len(point["signs"])
-    point["average bits"] = student.course.average_bits()
-    point["steps of drops"] = sorted({step for step, *_ in drops})
+        trained = task.evaluate(student)["signs"]
+        same = sum(a == b for a, b in zip(trained, point["signs"], strict=True))
+        point["agrees with the student"] = same / len(trained)
     point["bits"] = {name: now.bits for name, now in student.course.weights.items()}
+    point["average bits"] = student.course.average_bits()
     if student.pacer.sensitivity is not None:
-        found_curvature = student.pacer.sensitivity
-        point["factors"] = found_curvature.factors()
-        point["curvature"] = {"products": found_curvature.products, "seconds": found_curvature.seconds}
-    point["last losses"] = float(np.mean(losses[-25:]))
-    return {**point, "training CPU s": trained - started}
+        point["curvature"] = student.pacer.summary()["curvature"]
+    return point
 
 
-def _finished(task: Task, small: dwindle.Compressed) -> Point:
+def finished(task: Task, small: dwindle.Compressed) -> Point:
+    """What a compressed model scores, and its bytes over the float model's."""
     certificate = small.certificate
-    ratio = certificate.bytes_after / certificate.bytes_before
-    return {**task.evaluate(small), "bytes": ratio}
+    return {**task.evaluate(small), "bytes": certificate.bytes_after / certificate.bytes_before}
+
+
+def against(points: Sequence[Point], floats: Sequence[Point], task: str) -> str:
+    """The paired difference to float, with its interval: of accuracy in points, of perplexity in per cent."""
+    a, b = (np.mean([[float(s) for s in point["scores"]] for point in side], axis=0) for side in (points, floats))
+    mean, ends = paired_difference(a.tolist(), b.tolist())
+    shown = [100 * (math.exp(v) - 1 if task == "language" else v) for v in (mean, *ends)]
+    return f"{shown[0]:+.2f} ({shown[1]:+.2f} to {shown[2]:+.2f})"
+
+
+def show(name: str, rows: Mapping[str, Sequence[Point]], console: Console) -> None:
+    """Each run's figures for every seed, and its difference to float."""
+    task = TABLES[name][0]
+    measured, unit = ("perplexity", "%") if task == "language" else ("accuracy", "points")
+    table = Table(title=name, title_justify="left")
+    for heading in ("run", measured, f"less float's, {unit}", "correlation", "bytes", "bits", "agrees", "CPU s"):
+        table.add_column(heading)
+
+    def each(points: Sequence[Point], key: str, form: str) -> str:
+        return " ".join(format(point[key], form) for point in points if key in point)
+
+    for run, points in rows.items():
+        apart = "" if run == "float" else against(points, rows["float"][: len(points)], task)
+        forms = {"correlation": ".4f", "bytes": ".3f", "average bits": ".2f", "agrees with the student": ".4f"}
+        cells = [each(points[: None if key == "correlation" else 1], key, form) for key, form in forms.items()]
+        spent = each(points, "training CPU s", ".0f")
+        table.add_row(run, each(points, measured, ".4f"), apart, *cells, spent)
+    console.print(table)
 
 
 def main() -> None:
+    """Measure what is not there yet, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=TABLES)
-    parser.add_argument("--runs", nargs="+")
+    parser.add_argument("--runs", nargs="+", help="names of runs, besides float; all of the table's where absent")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK} steps")
     parser.add_argument("--again", action="store_true", help="measure what is already there as well")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     timing.one_thread()
-    table = TABLES[arguments.table]
-    task = TASKS[table.task]()
-    results = Results("quantised_training", again=arguments.again)
-    for seed in arguments.seeds:
-        for run in table.runs:
-            if arguments.runs and run.name not in arguments.runs:
-                continue
-            configuration = {
-                "task": table.task,
-                "run": run.name,
-                "seed": seed,
-                "batch": BATCH,
-                **task.settings,
-                "recipe": run.recipe,
-                "afterwards": run.afterwards,
-            }
-            point = results.point(configuration, functools.partial(measured, task, run, seed))
-            print(run.name, seed, {k: v for k, v in point.items() if k not in ("scores", "signs", "bits")}, flush=True)
+    name, runs = TABLES[arguments.table]
+    settings = SENTIMENT if name == "sentiment" else LANGUAGE
+    if arguments.quick:
+        settings["steps"] = QUICK
+    task = functools.cache(TASKS[name])  # loaded only if something is measured
+    results, console = Results("quantised_training", again=arguments.again), Console(width=150)
+    rows: dict[str, list[Point]] = {}
+    for run in (FLOAT[name], *(r for r in runs if not arguments.runs or r.name in arguments.runs)):
+        for seed in arguments.seeds:
+            configuration = {"task": name, "run": run.name, "seed": seed, "batch": BATCH, **settings}
+            configuration |= {"recipe": run.recipe, "afterwards": run.afterwards}
+            with Console(stderr=True).status(f"{run.name}, seed {seed}"):
+                point = results.point(configuration, lambda run=run, seed=seed: measure(task(), run, seed))
+            rows.setdefault(run.name, []).append(point)
+            for after in run.afterwards:
+                rows.setdefault(after, []).append(point[after])
+    show(arguments.table, rows, console)
 
 
 if __name__ == "__main__":

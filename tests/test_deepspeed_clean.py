@@ -33,7 +33,9 @@ from dwindle.frontends.deepspeed.inplace import require_steering, steering_of
 from dwindle.passes.quantize.twins import TrainingLinear, Twin
 from dwindle.runtime.errors import CalibrationError, CaptureError, DwindleError, RecipeError, ScheduleError
 from dwindle.runtime.modules import QuantizedConv2d, QuantizedEmbedding, QuantizedLinear
+from dwindle.runtime.scheme import Scheme
 
+A8_STATIC = Scheme(kind="asymmetric", granularity="tensor")
 FALLS = engine(weight_quantization=falling(8, 4))
 AT_ONCE = engine(weight_quantization=falling(8, 4, quantize_weight_in_forward=True))
 
@@ -59,7 +61,7 @@ def test_clean_leaves_integers_that_are_smaller_and_differentiable() -> None:
     model(x)
     expected = model.eval()(x)
     redundancy_clean(model, config)
-    assert all(isinstance(m, QuantizedConv2d) and m.activation == "tensor" for m in model)
+    assert all(isinstance(m, QuantizedConv2d) and m.activation == A8_STATIC for m in model)
     assert _size(model) < before / 2
     assert error(model(x).detach(), expected.detach()) < 1e-6
     wanted = x.clone().requires_grad_()
