@@ -32,7 +32,7 @@ class History:
     def __init__(self, start: float) -> None:
         self.start, self.every = start, 1
         self.changes: list[Change] = []  # the newest MOST
-        self.smooth: float | None = None  # of this session: what a display shows
+        self.smooth: float | None = None  # since the run was last taken up: what a display shows
         self._curve: list[Point] = []
         self._total, self._count = 0.0, 0  # of the window that is open
         self._waiting: list[tuple[int, Tensor | float | None, float]] = []
@@ -52,7 +52,7 @@ class History:
         return self._curve
 
     def loss(self) -> float | None:
-        """Exponential mean of this session's losses."""
+        """Exponential mean of the losses since the run was last taken up."""
         self._read()
         return self.smooth
 

@@ -321,8 +321,8 @@ def drop_bias(*arguments: Any) -> Tensor:
     return (traced._gemm(codes, weight, one, weight_scale, zero, None) * scale).to(dtype)
 
 
-def round_up(x: Tensor, site: str) -> tuple[Tensor, Tensor]:
-    return KEPT(x * 1.01, site)
+def round_up(x: Tensor, site: str, bits: int) -> tuple[Tensor, Tensor]:
+    return KEPT(x * 1.01, site, bits)
 
 
 KEPT = traced.per_token

@@ -134,10 +134,10 @@ def test_codes_of_another_scale_or_zero_point_are_refused(
     small = dwindle.compress(model, "static-w8a8", inputs=inputs, data=[inputs])
     kept = translations.traced.static
 
-    def static(x: Tensor, scale: Tensor, zero: Tensor, site: str) -> Tensor:
+    def static(x: Tensor, scale: Tensor, zero: Tensor, site: str, bits: int, symmetric: bool) -> Tensor:
         given = {"scale": scale, "zero": zero}
         given[part] = wrong(given[part])
-        return kept(x, given["scale"], given["zero"], site)
+        return kept(x, given["scale"], given["zero"], site, bits, symmetric)
 
     monkeypatch.setattr(translations.traced, "static", static)
     with pytest.raises(ExportError, match="a quantisation of the exported model differs"):
