@@ -8,6 +8,7 @@ change lies in buffers, so no step traces anything anew.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from ..passes.certify import certify, tensor_sizes
 from ..passes.driver import Driver
+from ..passes.mismatch import code_mismatch
 from ..passes.pipeline import Job
 from ..passes.quantize.course import Course, Drop
 from ..passes.quantize.live import is_empty
@@ -207,6 +209,7 @@ class Student(Recomputing):
         program, lowering, output = finish(Driver(simulated.copy(), tensors), tensors, job)
         reference = job.reference or simulated
         certificate = certify(program, reference, tensors, tensor_sizes(simulated), lowering, output)
+        certificate = replace(certificate, code_mismatch=code_mismatch(program, simulated, tensors))
         certificate.check()
         job.target.freeze(clone=True)
         job.target.alias_as(self.store)

@@ -53,6 +53,7 @@ class Certificate(Layered):
     lowering_error: largest relative L2 error of a lowered call against the simulated one, on the same input
     rounding: eps of the coarsest dtype in which a lowered call gives its result
     output_error: Difference of the outputs against the original model's, as plain data
+    code_mismatch: share of the activations' codes that differ from those in training; None without training
     """
 
     layers: tuple[Layer, ...]
@@ -63,6 +64,7 @@ class Certificate(Layered):
     inputs: str
     torch: str
     rounding: float = 0.0
+    code_mismatch: float | None = None
 
     def check(self) -> None:
         """Raise CertificateError when the model is not what it claims to be."""

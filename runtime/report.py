@@ -145,6 +145,8 @@ class Report(Printed):
         table.add_row("tensors", f"{size(c.bytes_before)} -> {size(c.bytes_after)} ({ratio:.3f} of the bytes)")
         table.add_row("output error", differences(c.output_error))
         table.add_row("lowering error", f"{c.lowering_error:.2e} relative, largest of a layer")
+        if c.code_mismatch is not None:
+            table.add_row("codes unlike training's", f"{c.code_mismatch:.2%}")
         table.add_row("simulated nodes", str(c.simulated))
         table.add_row("graph breaks", str(c.graph_breaks))
         table.add_row("checked on", c.inputs)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dwindle
+from dwindle.passes.mismatch import code_mismatch
 from dwindle.runtime import numerics
 from dwindle.runtime.ops.catalog import OPS
 from dwindle.runtime.ops.qlinear import QLINEAR, is_integer
@@ -160,3 +161,39 @@ def test_a_deep_student_is_its_finished_model_bit_for_bit(scheme: Scheme, span: 
     student.eval()
     with torch.no_grad():
         assert torch.equal(student.finish()(x), student(x))
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "asymmetric"])
+@pytest.mark.parametrize("span", ["dynamic", "static"])
+def test_the_certificate_counts_codes_that_fall_otherwise(kind: str, span: str) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)), torch.randn(32, 64)
+    entry = {"activation": {"kind": kind, "range": span}}
+    student = dwindle.prepare(model.train(), {"quantize": [entry]}, inputs=x)
+    student(x)
+    certificate = student.finish().certificate
+    assert certificate.code_mismatch == 0
+    assert "codes unlike training's" in str(student.finish().report())
+    first, second = student.eval().variants.values(), student.finish().variants.values()
+    (trained,), (finished,) = ([p for p in side if not p.contract.training] for side in (first, second))
+    with torch.no_grad():
+        inputs = [x]
+        assert code_mismatch(finished, trained, inputs) == 0
+        student.get_parameter("0.bias").add_(0.05)  # what the second layer reads moves by several steps
+    moved = code_mismatch(finished, trained, inputs)
+    assert moved is not None
+    assert 0.3 < moved < 0.6  # half of all codes are of the first layer, and stay
+
+
+def test_a_student_in_onnx_runtime(tmp_path: Any) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.GELU()) for _ in range(4)]
+    model, x = nn.Sequential(*layers, nn.Linear(64, 10)), torch.randn(64, 64)
+    student = dwindle.prepare(model, {"quantize": [{"weight": {"bits": 4}, "activation": {}}]}, inputs=x)
+    student.train()(x).square().mean().backward()
+    student.eval().finish().export_onnx(tmp_path / "m.onnx")
+    (found,) = ort.InferenceSession(str(tmp_path / "m.onnx")).run(None, {"input": x.numpy()})
+    with torch.no_grad():
+        expected = student(x)
+    assert (torch.from_numpy(found).argmax(1) == expected.argmax(1)).all()

@@ -44,7 +44,7 @@ def insert(program: Program, plan: Plan, fakes: Fakes | None = None) -> Program:
         edit = plan.quantize(site.fqn, site.operator)
         if edit is None:
             continue
-        site.node.meta[SITE] = (site.fqn, site.node.name)
+        site.node.meta.setdefault(SITE, (site.fqn, site.node.name))  # after training it has one
         fakes.weight(program, site, edit)
         if edit.activation is not None:
             site.node.update_arg(0, _activation(program, site, edit, fakes, made))
