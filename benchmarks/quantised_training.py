@@ -170,7 +170,7 @@ def measure(task: Task, run: Run, seed: int) -> Point:
         student, task.batches(seed), **task.settings, seed=seed, after_step=lambda step, loss: student.step() and None
     )
     point = {"training CPU s": time.process_time() - started, "last losses": float(np.mean(losses[-25:]))}
-    small = student.finish(early=student.pacer.controller is not None)
+    small = student.finish()
     point |= finished(task, small)
     if "signs" in point:
         trained = task.evaluate(student)["signs"]

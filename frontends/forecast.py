@@ -10,14 +10,14 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from ..passes.quantize.course import Course
-from ..passes.quantize.schedule import Held
+from ..passes.quantize.schedule import AT_ONCE, Held
 from ..runtime.errors import ScheduleError
 from ..runtime.report import Printed
 
 
 @dataclass(frozen=True)
 class Path:
-    """What some weights have in common: (step, bits) of each change, their target, and when they are there."""
+    """What some weights, or inputs of some, have in common: (step, bits) of each change, their target, and when."""
 
     weights: tuple[str, ...]
     drops: tuple[tuple[int, int], ...]
@@ -71,12 +71,23 @@ class Forecast(Printed):
 
 def forecast(course: Course, total_steps: int) -> Forecast:
     """The paths of all weights, alike ones together."""
-    groups: dict[tuple[Any, int], list[str]] = defaultdict(list)
+    groups: dict[tuple[Any, int, bool], list[str]] = defaultdict(list)
     for fqn, pace in course.paces.items():
-        if not isinstance(pace.weight, Held):
-            groups[pace.weight, course.targets[fqn].bits].append(fqn)
+        bits = course.targets[fqn].bits
+        done = pace.weight.settled(course.weights[fqn], bits)
+        if not isinstance(pace.weight, Held) or pace.weight.offset > total_steps:
+            groups[pace.weight, bits, done].append(fqn)
+        if fqn in course.meets and pace.activation != AT_ONCE:
+            activation = course.meets[fqn].bits
+            done = pace.activation.settled(course.inputs[fqn], activation)
+            groups[pace.activation, activation, done].append(f"input of {fqn}")
     paths = [
-        Path(tuple(weights), tuple(schedule.drops(bits, total_steps)), bits, schedule.last(bits))
-        for (schedule, bits), weights in groups.items()
+        Path(
+            tuple(names),
+            tuple(schedule.drops(bits, total_steps)),
+            bits,
+            min(course.step, total_steps) if done else schedule.last(bits),
+        )
+        for (schedule, bits, done), names in groups.items()
     ]
     return Forecast(total_steps, tuple(paths))

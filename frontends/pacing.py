@@ -10,7 +10,9 @@ Under torch.distributed losses and curvatures are averaged, so that all ranks de
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +31,7 @@ from ..passes.quantize.sensitivity import Sensitivity, eigenvalues, traces
 from ..runtime.errors import RecipeError, ScheduleError
 from ..runtime.qtensor import packed_nbytes
 from ..runtime.report import block_of
+from ..runtime.scheme import Scheme
 from .curvature import in_steps
 from .history import History
 from .settings import AdaptiveSettings, SensitivitySettings
@@ -62,6 +65,9 @@ class Pacer:
         self.course, self.settings = course, settings
         self.controller = None if adaptive is None else Controller(adaptive.budget())
         self.blocks = blocks(course, settings.blocks if settings else None)
+        self._recipe = fingerprint(course, settings, adaptive)
+        if self.controller is not None:
+            self._require_reachable(self.controller.budget)
         self.sensitivity: Sensitivity | None = None
         self.measured_at, self.spent = -1, Spent()
         self.history = History(course.average_bits())
@@ -170,6 +176,8 @@ class Pacer:
             block = next((name for name, fqns in self.blocks.items() if fqn in fqns), "")
             found = self.sensitivity.blocks.get(block)
             curvature = None if found is None else abs(found.value)
+        if curvature is None and not weight.requires_grad:  # frozen: what it would cost is not known, so it comes last
+            return Candidate(fqn=fqn, bits=now.bits, elements=weight.numel(), growth=math.inf)
         if curvature is None and weight.grad is None:
             raise ScheduleError(
                 "an adaptive schedule predicts from gradients",
@@ -189,11 +197,44 @@ class Pacer:
 
     def nbytes(self) -> int:
         """Bytes of all tensors of the model, were it finished now."""
+        return self._nbytes({fqn: self.course.scheme(fqn) for fqn in self.course.weights})
+
+    def _nbytes(self, schemes: Mapping[str, Scheme | None]) -> int:
         count, persistent = 0, self.course.store.state_dict(keep_vars=True)
         for name, tensor in persistent.items():
-            scheme = self.course.scheme(name) if name in self.course.weights else None
+            scheme = schemes.get(name)
             count += tensor.numel() * tensor.element_size() if scheme is None else packed_nbytes(tensor.shape, scheme)
         return count
+
+    def _require_reachable(self, budget: Budget) -> None:
+        """Raise RecipeError for a budget below what the recipe's least bits take, or above where weights begin."""
+        sizes = {fqn: self.course.elements(fqn) for fqn in self.course.weights}
+        if budget.target_bytes is not None:
+            least, asked = float(self._nbytes(self.course.targets)), float(budget.target_bytes)
+        else:
+            least = sum(self.course.targets[fqn].bits * n for fqn, n in sizes.items()) / max(sum(sizes.values()), 1)
+            asked = budget.average_bits or 0.0
+        if asked < least:
+            raise RecipeError(
+                "an adaptive schedule cannot meet its budget",
+                required=f"at least {least:.10g}, which every weight takes at the least bits it may have",
+                found=f"{asked:.10g}",
+                cure="give the weights fewer bits: the recipe's own are the least they fall to",
+            )
+
+    def require_budget(self) -> None:
+        """Raise ScheduleError where an adaptive schedule has not met its budget yet."""
+        if self.controller is None or self._excess(self.controller.budget) <= 0:
+            return
+        budget = self.controller.budget
+        asked = f"{budget.average_bits} bits" if budget.average_bits is not None else f"{budget.target_bytes} bytes"
+        raise ScheduleError(
+            "the adaptive schedule has not met its budget",
+            required=asked,
+            found=f"{self.course.average_bits():.2f} bits on average, {self.nbytes()} bytes after "
+            f"{self.course.step} steps",
+            cure="train on, lower interval, raise share or tolerance, or finish(early=True) with the bits as they are",
+        )
 
     def summary(self) -> dict[str, Any]:
         """The run so far, as plain data for a report."""
@@ -233,12 +274,16 @@ class Pacer:
                 found=version,
                 cure="finish the run with the version that began it",
             )
-        self.load_json(data)
+        try:
+            self.load_json(data)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ScheduleError("the saved schedule cannot be read", found=repr(error)) from error
 
     def to_json(self) -> dict[str, Any]:
         """Plain data. All seconds are below "sensitivity"; two runs that are alike differ in nothing else."""
         found = None if self.sensitivity is None else self.sensitivity.to_json()
         return {
+            "recipe": self._recipe,
             "course": self.course.to_json(),
             "controller": None if self.controller is None else self.controller.to_json(),
             "sensitivity": None if found is None else {"found": found, "spent": asdict(self.spent)},
@@ -248,12 +293,13 @@ class Pacer:
 
     def load_json(self, data: Mapping[str, Any]) -> None:
         """Inverse of `to_json`. Raises ScheduleError where it is another model's or recipe's."""
-        if (data["controller"] is None) != (self.controller is None):
+        self.course.require_same(data["course"])
+        if data["recipe"] != self._recipe:
             raise ScheduleError(
                 "the saved schedule is of another recipe",
-                required="an adaptive schedule" if self.controller is not None else "no adaptive schedule",
-                found="none" if self.controller is not None else "one",
-                cure="prepare the model with the recipe of the run that is resumed",
+                required="the schemes, schedules, seed and budget of the run that is resumed",
+                found="some that differ",
+                cure="prepare the model with the recipe of that run",
             )
         self.course.load_json(data["course"])
         if self.controller is not None:
@@ -263,6 +309,12 @@ class Pacer:
         self.spent = Spent() if measured is None else Spent(**measured["spent"])
         self.measured_at = data["measured_at"]
         self.history.load_json(data["history"])
+
+
+def fingerprint(course: Course, *settings: SensitivitySettings | AdaptiveSettings | None) -> str:
+    """Of everything in a recipe that steers: two runs with one fingerprint may take up each other's state."""
+    steering = repr((course.edits, sorted(course.paces.items(), key=lambda pace: pace[0]), course.seed, settings))
+    return hashlib.sha256(steering.encode()).hexdigest()[:16]
 
 
 def blocks(course: Course, prefix: str | None) -> dict[str, list[str]]:
@@ -275,7 +327,10 @@ def blocks(course: Course, prefix: str | None) -> dict[str, list[str]]:
         block = block_of(fqn)
         if block.rpartition(".")[2].isdigit() and (prefix is None or block.startswith(f"{prefix}.")):
             found[block].append(fqn)
-    if prefix is not None and not found:
+    if prefix is None and not found:  # no repeated blocks: every module is one
+        for fqn in course.weights:
+            found[fqn.rpartition(".")[0] or fqn].append(fqn)
+    if not found and course.weights:
         known = sorted({block_of(fqn).rpartition(".")[0] for fqn in course.weights} - {""})
         raise RecipeError(f"no blocks below {prefix!r}", required=f"one of {', '.join(known) or 'none'}", found=prefix)
     return dict(found)

@@ -19,7 +19,7 @@ from ..passes.driver import Driver
 from ..passes.mismatch import code_mismatch
 from ..passes.pipeline import Job
 from ..passes.quantize.course import Course, Drop
-from ..passes.quantize.live import is_empty
+from ..passes.quantize.live import gauges, is_empty
 from ..runtime.compressed import Compressed
 from ..runtime.contract import Signature
 from ..runtime.errors import CalibrationError, ScheduleError
@@ -130,6 +130,13 @@ class Student(Recomputing):
 
         Of an optimizer that another library wraps, the one inside is followed.
         """
+        if self._following:
+            raise ScheduleError(
+                "the student follows an optimizer already, so a step would count twice",
+                required="one follow(), or one callback",
+                found="a second",
+                cure="stop = student.follow(optimizer); stop() before the next",
+            )
         while (inner := getattr(optimizer, "optimizer", None)) is not None:
             optimizer = inner
 
@@ -147,7 +154,8 @@ class Student(Recomputing):
         return stop
 
     def _advance(self, loss: Tensor | float | None = None, closure: Closure | None = None) -> list[Drop]:
-        drops = self.pacer.advance(self._loss if loss is None else loss, closure or self._again)
+        given = loss.detach() if isinstance(loss, Tensor) else loss
+        drops = self.pacer.advance(self._loss if given is None else given, closure or self._again)
         self._loss = self._again = None
         return drops
 
@@ -186,9 +194,21 @@ class Student(Recomputing):
         return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        if not self.pacer.remembers:  # then a state of the model is all there is
-            state_dict.setdefault(f"{prefix}_extra_state", self.get_extra_state())
+        if f"{prefix}_extra_state" not in state_dict and (
+            not self.pacer.remembers or self._is_plain(state_dict, prefix)
+        ):
+            state_dict[f"{prefix}_extra_state"] = self.get_extra_state()
+            for name in self._own_names():
+                state_dict.setdefault(prefix + name, self.state_dict()[name])
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _own_names(self) -> set[str]:
+        """What the state has besides the model's: ranges that are observed, and scales that are learned."""
+        return gauges(self.plan) & set(self.state_dict())
+
+    def _is_plain(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
+        """Whether a state is one of the model alone, from which schedules begin anew."""
+        return not any(prefix + name in state_dict for name in self._own_names())
 
     @own_random_state()
     def finish(self, *, early: bool = False) -> Compressed:
@@ -202,13 +222,16 @@ class Student(Recomputing):
             self.course.require_settled(
                 "train on, shorten the schedule, or finish(early=True) with the bits as they are"
             )
+            self.pacer.require_budget()
         plan = self.course.plan()
         simulated = self._eval_variant()
         tensors = verification_inputs(simulated, self.signature, self.example)
         job = Job(plan=plan, target=Store(), trains=True)
         program, lowering, output = finish(Driver(simulated.copy(), tensors), tensors, job)
         reference = job.reference or simulated
-        certificate = certify(program, reference, tensors, tensor_sizes(simulated), lowering, output)
+        own = gauges(self.plan)
+        sizes = {name: nbytes for name, nbytes in tensor_sizes(simulated).items() if name not in own}
+        certificate = certify(program, reference, tensors, sizes, lowering, output)
         certificate = replace(certificate, code_mismatch=code_mismatch(program, simulated, tensors))
         certificate.check()
         job.target.freeze(clone=True)

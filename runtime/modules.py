@@ -167,7 +167,9 @@ class QuantizedConv2d(_Quantized):
         self.groups, self.padding_mode = groups, padding_mode
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, O, H', W')."""
+        """(B, C, H, W) -> (B, O, H', W'), or both without B."""
+        if x.dim() == 3:
+            return self(x[None])[0]  # type: ignore[no-any-return]
         padding = self.padding
         if self.padding_mode != "zeros":
             rows, columns = padding

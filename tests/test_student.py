@@ -268,7 +268,7 @@ def test_a_state_of_another_recipe_or_version_is_refused() -> None:
     student, other = _student(_recipe(MOQ)), _student({"quantize": [{"modules": "head"}], "schedule": MOQ})
     with pytest.raises(ScheduleError, match="another model or recipe"):
         student.set_extra_state(other.get_extra_state())
-    with pytest.raises(ScheduleError, match="another recipe"):
+    with pytest.raises(ScheduleError, match="another model or recipe"):
         student.set_extra_state(_student(RECIPES["adaptive"]).get_extra_state())
     with pytest.raises(ScheduleError, match="cannot be read"):
         student.set_extra_state(torch.zeros(3, dtype=torch.uint8))

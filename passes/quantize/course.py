@@ -171,8 +171,8 @@ class Course:
             "inputs": {fqn: asdict(now) for fqn, now in self.inputs.items()},
         }
 
-    def load_json(self, data: Mapping[str, Any]) -> None:
-        """Inverse of `to_json`. Raises ScheduleError where it is another model's."""
+    def require_same(self, data: Mapping[str, Any]) -> None:
+        """Raise ScheduleError where what `to_json` gave is another model's."""
         for name, own in (("weights", self.weights), ("inputs", self.inputs)):
             if set(data[name]) != set(own):
                 odd = sorted(set(data[name]) ^ set(own))
@@ -182,6 +182,10 @@ class Course:
                     found=f"a difference in {', '.join(odd[:3])}{' ...' if len(odd) > 3 else ''}",
                     cure="prepare the model with the recipe of the run that is resumed",
                 )
+
+    def load_json(self, data: Mapping[str, Any]) -> None:
+        """Inverse of `to_json`. Raises ScheduleError where it is another model's."""
+        self.require_same(data)
         self.step = data["step"]
         self.weights = {fqn: Precision(**now) for fqn, now in data["weights"].items()}
         self.inputs = {fqn: Precision(**now) for fqn, now in data["inputs"].items()}

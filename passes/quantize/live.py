@@ -39,6 +39,9 @@ from .steps import as_values
 LIVE = (FAKE_QUANTIZE_LIVE, FAKE_QUANTIZE_RANGED, FAKE_QUANTIZE_LEARNED)
 
 
+PARTS = ("qmax", "mix", "key", "step", "range")
+
+
 @dataclass(frozen=True)
 class Gauge:
     """Where the precision of parameter `fqn` lies in the store, or that of the activation that meets it."""
@@ -177,6 +180,11 @@ def place_ranges(
         first = -zero if isinstance(zero, Tensor) else torch.full_like(scale, edit.activation.qmin)
         low, high = first * scale, (first + edit.activation.qmax - edit.activation.qmin) * scale
         program.store.put(Gauge(edit.fqn, of_input=True)("range"), torch.stack([low, high]))
+
+
+def gauges(plan: Plan) -> set[str]:
+    """All names that training may give tensors of its own."""
+    return {Gauge(edit.fqn, of_input)(part) for edit in plan for of_input in (False, True) for part in PARTS}
 
 
 def is_empty(store: Store, fqn: str) -> bool:

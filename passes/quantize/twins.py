@@ -177,8 +177,9 @@ class TrainingConv2d(Twin, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, O, H', W')."""
-        y: Tensor = self._conv_forward(self._input(input), self._weight(self.weight), self.bias)
-        return y
+        x = input if input.dim() == 4 else input[None]  # without a batch it is one image all the same
+        y: Tensor = self._conv_forward(self._input(x), self._weight(self.weight), self.bias)
+        return y if input.dim() == 4 else y[0]
 
 
 class TrainingEmbedding(Twin, nn.Embedding):

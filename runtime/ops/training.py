@@ -105,14 +105,18 @@ def _learned(x: Tensor, scale: Tensor, qmax: Tensor, mix: Tensor, scheme: str) -
 
 
 def scaled_gradient(s: Tensor, factor: Tensor) -> Tensor:
-    return s * factor + (s - s * factor).detach()
+    return s.detach() + (s - s.detach()) * factor  # the value is s exactly
 
 
 @torch.no_grad()
 def _observe(span: Tensor, x: Tensor, momentum: float) -> None:
+    if x.numel() == 0:
+        return
     ends = torch.stack(torch.aminmax(x.detach().float())).to(span.dtype)
     # A range without width has seen nothing yet, and takes the first batch whole.
-    span.copy_(torch.where(span[0] == span[1], ends, torch.lerp(ends, span, momentum)))
+    after = torch.where(span[0] == span[1], ends, torch.lerp(ends, span, momentum))
+    # NaN or infinity once would stay for good; a GradScaler skips such steps and goes on.
+    span.copy_(torch.where(ends.isfinite().all(), after, span))
 
 
 FAKE_QUANTIZE_LIVE = Operator(
