@@ -40,7 +40,7 @@ class MoQSettings(Strict):
 
     type: Literal["moq"]
     start_bits: int = 16
-    period: int = 100
+    period: int | float = 100
     offset: int = 0
     change: float = 0.0
 

@@ -42,6 +42,7 @@ from dwindle.frontends.deepspeed.sections import (
     WeightQuantization,
     drops,
 )
+from dwindle.passes.quantize.schedule import MoQ
 from dwindle.runtime.errors import RecipeError
 
 PRUNING = ("sparse_pruning", "row_pruning", "head_pruning", "channel_pruning")
@@ -114,15 +115,19 @@ def test_defaults_are_those_of_the_code() -> None:
         (8, 4, 0, {}, (1, 2, 3, 4)),  # one bit per step
         (8, 8, 7, {}, ()),
         (12, 8, 10, {"factor": 5}, (10, 100, 1000, 10000)),
-        (12, 8, 10, {"tensors": 6}, (2, 4, 7, 14)),  # measured on the code of 2021
-        (12, 8, 400, {"tensors": 6}, (67, 134, 267, 534)),
-        (12, 8, 64, {"tensors": 6}, (11, 22, 43, 86)),
-        (12, 8, 10, {"tensors": 72}, (1, 1, 1, 2)),
-        (12, 8, 10, {"tensors": 72, "factor": 5}, (1, 2, 14, 139)),
+        (12, 8, 10 / 6, {}, (2, 4, 7, 14)),  # measured on the code of 2021, which counted 6 tensors a step
+        (12, 8, 400 / 6, {}, (67, 134, 267, 534)),
+        (12, 8, 64 / 6, {}, (11, 22, 43, 86)),
+        (12, 8, 10 / 72, {}, (1, 2, 3, 4)),  # there 1, 1, 1, 2: several bits in a step
+        (12, 8, 10 / 72, {"factor": 5}, (1, 2, 14, 139)),
     ],
 )
-def test_drops(start: int, target: int, period: int, kind: Any, steps: tuple[int, ...]) -> None:
+def test_drops(start: int, target: int, period: float, kind: Any, steps: tuple[int, ...]) -> None:
+    """As reported, and as the schedule goes."""
     assert drops(start, target, period, **kind) == steps
+    if steps and steps[-1] < 1000:
+        taken = MoQ(start_bits=start, period=period).drops(target, steps[-1], **kind)
+        assert tuple(step for step, bits in taken if bits < start) == steps
 
 
 def test_legacy_counts_in_steps() -> None:

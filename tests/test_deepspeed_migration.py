@@ -190,7 +190,7 @@ def test_legacy_periods_are_divided() -> None:
     assert "2, 4, 7, 14; 3 of 4 lie within 10 steps" in plain.note
     blocks = migrate(parse(moq(twelve, **schedule, eigenvalue={"enabled": True, "layer_num": 12}))).of(key)
     assert "72 per step" in blocks.note
-    assert "1, 1, 1, 2; eigenvalues delay the last to 139" in blocks.note
+    assert "1, 2, 3, 4; eigenvalues delay the last to 139" in blocks.note
     default = migrate(parse(moq(twelve))).of(key)
     assert (default.value, default.given) == (1000, False)
     assert "tutorial says 100" in default.note

@@ -13,6 +13,7 @@ Bits fall one at a time. With period P, and per drop a factor f in 1..5 that sta
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any, Literal, Self
 
@@ -30,19 +31,15 @@ def contradiction(key: str, required: str, found: object, cure: str = "") -> Pyd
     return PydanticCustomError("contradiction", "{required}", about)
 
 
-def drops(
-    start_bits: int, target_bits: int, period: int, *, factor: int = 1, tensors: int | None = None
-) -> tuple[int, ...]:
-    """Steps after schedule_offset at which one bit goes, start_bits - target_bits of them.
+def drops(start_bits: int, target_bits: int, period: float, *, factor: int = 1) -> tuple[int, ...]:
+    """Steps after schedule_offset at which one bit goes, start_bits - target_bits of them and at most one a step.
 
-    factor: of every drop, 1 (no eigenvalues, or the least sensitive) to 5. tensors: per step, None: thresholds are
-    steps, as at 0.19.6.
+    factor: of every drop, 1 (no eigenvalues, or the least sensitive) to 5.
     """
     steps: list[int] = []
     for k in range(start_bits - target_bits):
-        threshold = period * (2 * factor) ** k
-        step = max(1, -(-threshold // (tensors or 1)))
-        steps.append(max(step, steps[-1] + 1) if tensors is None and steps else step)
+        step = max(1, math.ceil(period * (2 * factor) ** k))
+        steps.append(max(step, steps[-1] + 1) if steps else step)
     return tuple(steps)
 
 
@@ -327,9 +324,9 @@ class QuantizeTraining(_Strict):
         return -(-self.quantize_schedule.schedule_offset // self.tensors)
 
     def drops(self, factor: int = 1) -> tuple[int, ...]:
-        """Steps after `schedule_offset` at which one bit goes; several may share a step."""
-        bits, period = self.quantize_bits, self.quantize_schedule.quantize_period
-        return drops(bits.start_bits, bits.target_bits, period, factor=factor, tensors=self.tensors)
+        """Steps after `schedule_offset` at which one bit goes; the code of 2021 let several share a step."""
+        bits = self.quantize_bits
+        return drops(bits.start_bits, bits.target_bits, self.period, factor=factor)
 
 
 def _check_falls(key: str, start: int, target: int) -> None:

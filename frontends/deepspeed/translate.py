@@ -108,7 +108,7 @@ def _legacy(section: QuantizeTraining) -> QuantizeEntry:
     schedule = MoQSettings(
         type="moq",
         start_bits=bits.start_bits,
-        period=math.ceil(section.period),
+        period=section.period,
         offset=math.ceil(section.schedule_offset),
         change=mixed.quantize_change_ratio if mixed.enabled else 0.0,
     )

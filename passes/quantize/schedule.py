@@ -39,7 +39,7 @@ class Precision:
 
     bits: int = FULL
     mix: float = 0.0
-    due: int = 0
+    due: float = 0
     dropped: int = 0
 
 
@@ -150,7 +150,7 @@ class Falling(Schedule):
 class MoQ(Falling):
     """Mixture-of-quantization: the period doubles with each drop, and is stretched by the layer's factor."""
 
-    period: int = 1
+    period: float = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -160,7 +160,7 @@ class MoQ(Falling):
         count = self.start_bits - target
         if count == 0:
             return self.offset + self._mixed_out()
-        due = count if self.period == 0 else max(self.period * (2 * factor) ** (count - 1), count)
+        due = count if self.period == 0 else max(math.ceil(self.period * (2 * factor) ** (count - 1)), count)
         return self.offset + due + self._mixed_out()
 
     def _active(self, target: int) -> Precision:
