@@ -166,9 +166,7 @@ def measure(task: Task, run: Run, seed: int) -> Point:
             point[name] = finished(task, dwindle.compress(model, recipe, inputs=unlabelled))
         return point
     student = dwindle.prepare(model, run.recipe, inputs=example)
-    losses = train(
-        student, task.batches(seed), **task.settings, seed=seed, after_step=lambda step, loss: student.step() and None
-    )
+    losses = train(student, task.batches(seed), **task.settings, seed=seed, after_step=lambda *_: student.step())
     point = {"training CPU s": time.process_time() - started, "last losses": float(np.mean(losses[-25:]))}
     small = student.finish()
     point |= finished(task, small)

@@ -207,7 +207,7 @@ class Pacer:
         return count
 
     def _require_reachable(self, budget: Budget) -> None:
-        """Raise RecipeError for a budget below what the recipe's least bits take, or above where weights begin."""
+        """Raise RecipeError for a budget below what the recipe's least bits take."""
         sizes = {fqn: self.course.elements(fqn) for fqn in self.course.weights}
         if budget.target_bytes is not None:
             least, asked = float(self._nbytes(self.course.targets)), float(budget.target_bytes)
@@ -293,22 +293,23 @@ class Pacer:
 
     def load_json(self, data: Mapping[str, Any]) -> None:
         """Inverse of `to_json`. Raises ScheduleError where it is another model's or recipe's."""
-        self.course.require_same(data["course"])
-        if data["recipe"] != self._recipe:
+        parts = ("recipe", "course", "controller", "sensitivity", "measured_at", "history")
+        recipe, course, controller, measured, measured_at, history = (data[part] for part in parts)
+        self.course.require_same(course)
+        if recipe != self._recipe:
             raise ScheduleError(
                 "the saved schedule is of another recipe",
                 required="the schemes, schedules, seed and budget of the run that is resumed",
                 found="some that differ",
                 cure="prepare the model with the recipe of that run",
             )
-        self.course.load_json(data["course"])
+        self.course.load_json(course)
         if self.controller is not None:
-            self.controller.load_json(data["controller"])
-        measured = data["sensitivity"]
+            self.controller.load_json(controller)
         self.sensitivity = None if measured is None else Sensitivity.from_json(measured["found"])
         self.spent = Spent() if measured is None else Spent(**measured["spent"])
-        self.measured_at = data["measured_at"]
-        self.history.load_json(data["history"])
+        self.measured_at = measured_at
+        self.history.load_json(history)
 
 
 def fingerprint(course: Course, *settings: SensitivitySettings | AdaptiveSettings | None) -> str:

@@ -198,17 +198,14 @@ class Student(Recomputing):
             not self.pacer.remembers or self._is_plain(state_dict, prefix)
         ):
             state_dict[f"{prefix}_extra_state"] = self.get_extra_state()
-            for name in self._own_names():
-                state_dict.setdefault(prefix + name, self.state_dict()[name])
+            own = self.state_dict()
+            for name in gauges(self.plan) & own.keys():
+                state_dict.setdefault(prefix + name, own[name])
         super()._load_from_state_dict(state_dict, prefix, *rest)
-
-    def _own_names(self) -> set[str]:
-        """What the state has besides the model's: ranges that are observed, and scales that are learned."""
-        return gauges(self.plan) & set(self.state_dict())
 
     def _is_plain(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
         """Whether a state is one of the model alone, from which schedules begin anew."""
-        return not any(prefix + name in state_dict for name in self._own_names())
+        return not any(prefix + name in state_dict for name in gauges(self.plan))
 
     @own_random_state()
     def finish(self, *, early: bool = False) -> Compressed:

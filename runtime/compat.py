@@ -182,11 +182,11 @@ def checkpoints_marked() -> Iterator[None]:
             yield
 
     before = module.CheckpointFunction, module._checkpoint_without_reentrant_generator
-    module.CheckpointFunction, module._checkpoint_without_reentrant_generator = Reentrant, other  # type: ignore
+    module.CheckpointFunction, module._checkpoint_without_reentrant_generator = Reentrant, other  # type: ignore[assignment, misc]  # replaced for a while
     try:
         yield
     finally:
-        module.CheckpointFunction, module._checkpoint_without_reentrant_generator = before  # type: ignore
+        module.CheckpointFunction, module._checkpoint_without_reentrant_generator = before  # type: ignore[misc]  # as above
 
 
 def checkpoint_mark(node: fx.Node) -> str | None:

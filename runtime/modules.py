@@ -169,7 +169,8 @@ class QuantizedConv2d(_Quantized):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, O, H', W'), or both without B."""
         if x.dim() == 3:
-            return self(x[None])[0]  # type: ignore[no-any-return]
+            y: Tensor = self(x[None])
+            return y[0]
         padding = self.padding
         if self.padding_mode != "zeros":
             rows, columns = padding
@@ -178,8 +179,10 @@ class QuantizedConv2d(_Quantized):
             return F.conv2d(x, self._filters(x.dtype), self.bias, self.stride, padding, self.dilation, self.groups)
         if not wants_gradient(x):
             return self._product(x, padding)
-        y, window = self._product(x.detach(), padding), (self.stride, padding, self.dilation, self.groups)
-        return through_conv2d(x, y, self._ranges(), self._codes(), self.weight.scale, *window)
+        window = (self.stride, padding, self.dilation, self.groups)
+        return through_conv2d(
+            x, self._product(x.detach(), padding), self._ranges(), self._codes(), self.weight.scale, *window
+        )
 
     def _filters(self, dtype: torch.dtype) -> Tensor:
         """fp (O, C / groups, kh, kw)."""

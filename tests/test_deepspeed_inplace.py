@@ -89,7 +89,7 @@ def test_a_model_in_place_is_the_student(name: str, config: str) -> None:
         redundancy_clean(model, data)
         found, small = model(**inputs), student.eval().finish()(**inputs)
     first = [x if isinstance(x, torch.Tensor) else x[0] for x in (expected, found, small)]
-    assert error(first[1], first[0]) < 1e-4  # integer products against fp32 sums
+    assert error(first[1], first[0]) < 1e-6  # of weights alone, and of convolutions, sums are in another order
     assert error(first[1], first[2]) < 1e-5
 
 

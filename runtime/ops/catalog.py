@@ -13,26 +13,6 @@ from .quantize import FAKE_QUANTIZE, QUANTIZE_ASYMMETRIC, QUANTIZE_DYNAMIC, QUAN
 from .steps import LINEAR_OF_STEPS, STEPS_LEARNED, STEPS_LIVE, STEPS_RANGED
 from .training import FAKE_QUANTIZE_LEARNED, FAKE_QUANTIZE_LIVE, FAKE_QUANTIZE_RANGED, OBSERVE_RANGE
 
-OPS: tuple[Operator, ...] = (
-    FAKE_QUANTIZE,
-    FAKE_QUANTIZE_LIVE,
-    FAKE_QUANTIZE_RANGED,
-    FAKE_QUANTIZE_LEARNED,
-    OBSERVE_RANGE,
-    STEPS_LIVE,
-    STEPS_RANGED,
-    STEPS_LEARNED,
-    LINEAR_OF_STEPS,
-    QUANTIZE_DYNAMIC,
-    QUANTIZE_ASYMMETRIC,
-    QUANTIZE_STATIC,
-    QLINEAR,
-    QLINEAR_WEIGHT_ONLY,
-    QEMBEDDING,
-    QCONV2D,
-    DEQUANTIZE,
-)
-
 # Operators that simulate quantisation in floating point; none may remain in a finished graph.
 SIMULATED: tuple[Operator, ...] = (
     FAKE_QUANTIZE,
@@ -44,6 +24,18 @@ SIMULATED: tuple[Operator, ...] = (
     STEPS_RANGED,
     STEPS_LEARNED,
     LINEAR_OF_STEPS,
+)
+
+OPS: tuple[Operator, ...] = (
+    *SIMULATED,
+    QUANTIZE_DYNAMIC,
+    QUANTIZE_ASYMMETRIC,
+    QUANTIZE_STATIC,
+    QLINEAR,
+    QLINEAR_WEIGHT_ONLY,
+    QEMBEDDING,
+    QCONV2D,
+    DEQUANTIZE,
 )
 
 
