@@ -74,9 +74,9 @@ def compress(
     plan = job.plan or Plan()
     target.alias_as(captured.store)
 
-    def grow(training: bool, call: Mapping[str, Any]) -> Program:
+    def grow(compressed: GraphModel, training: bool, call: Mapping[str, Any]) -> Program:
         fresh = capture(model, call, Store.borrowing(model), training=training, dynamic_shapes=dynamic_shapes)
-        again = Job(plan=plan, target=target)
+        again = Job(plan=plan, target=compressed.store)
         # A training variant writes running statistics, so it is not run to verify it.
         tensors = None if training else verification_inputs(fresh, signature, call)
         return replayed(prepared(fresh, tensors, again), tensors, again)

@@ -10,6 +10,7 @@ Under torch.distributed losses and curvatures are averaged, so that all ranks de
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -32,6 +33,7 @@ from ..runtime.errors import RecipeError, ScheduleError
 from ..runtime.qtensor import packed_nbytes
 from ..runtime.report import block_of
 from ..runtime.scheme import Scheme
+from ..runtime.store import Store
 from .curvature import in_steps
 from .history import History
 from .settings import AdaptiveSettings, SensitivitySettings
@@ -73,6 +75,10 @@ class Pacer:
         self.history = History(course.average_bits())
         self.watchers: list[Callable[[Sequence[Drop]], None]] = []
         self._ended, self._times = 0.0, deque[float](maxlen=64)  # when the last step was over; seconds of steps
+
+    def on(self, store: Store) -> Pacer:
+        """The same state, to go on by itself on a copy of the course's store; nobody watches it yet."""
+        return copy.deepcopy(self, {id(self.course): self.course.on(store), id(self.watchers): []})
 
     @property
     def remembers(self) -> bool:

@@ -163,6 +163,7 @@ class WeightSettings(Strict):
                 "weights",
                 required="at most 8 bits, one scale per tensor, channel or group",
                 found=f"{self.bits} bits per {granularity}",
+                cure="a schedule may start_bits at 16 on its way; leave out what is to stay wider than 8 bits",
             )
         if self.groups is not None and (self.granularity is not None or self.group_size is not None):
             raise SchemeError(
@@ -184,22 +185,25 @@ class WeightSettings(Strict):
 class ActivationSettings(Strict):
     """How activations are quantised: "dynamic" on each call (per token, or per image), or "static" per tensor.
 
-    offset: training steps before they are
+    "learned" is static with a scale that is trained (LSQ); without training it is static. offset: training steps
+    before they are
     """
 
     bits: int = 8
     kind: Kind = "symmetric"
-    range: Literal["dynamic", "static"] = "dynamic"
+    range: Literal["dynamic", "static", "learned"] = "dynamic"
     granularity: Granularity | None = None
     offset: int = Field(default=0, ge=0)
 
     def scheme(self) -> Scheme:
         """As the runtime's value. Raises SchemeError on a contradiction."""
         granularity = self.granularity or ("token" if self.range == "dynamic" else "tensor")
-        if self.range == "static" and granularity != "tensor":
+        if self.range != "dynamic" and granularity != "tensor":
             raise SchemeError(
-                "a static activation has one scale", required="granularity 'tensor'", found=repr(granularity)
+                f"a {self.range} activation has one scale", required="granularity 'tensor'", found=repr(granularity)
             )
+        if self.range == "learned" and self.kind != "symmetric":
+            raise SchemeError("a learned activation", required="kind 'symmetric'", found=repr(self.kind))
         if not 2 <= self.bits <= 8 or self.kind not in ("symmetric", "asymmetric"):
             raise SchemeError(
                 "activations", required="2 to 8 bits, symmetric or asymmetric", found=f"{self.bits} {self.kind}"
@@ -255,7 +259,8 @@ class QuantizeEntry(Strict):
             learned=given is not None and given.learned,
             schedule=schedule,
             activation=None if self.activation is None else self.activation.scheme(),
-            static=self.activation is not None and self.activation.range == "static",
+            static=self.activation is not None and self.activation.range != "dynamic",
+            learned_input=self.activation is not None and self.activation.range == "learned",
             activation_schedule=schedules.Constant(offset=self.activation.offset if self.activation else 0),
             section=self.section,
         )

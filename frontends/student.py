@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from ..passes.quantize.live import gauges, is_empty
 from ..runtime.compressed import Compressed
 from ..runtime.contract import Signature
 from ..runtime.errors import CalibrationError, ScheduleError
+from ..runtime.model import GraphModel
 from ..runtime.plan import Plan
 from ..runtime.program import Program
 from ..runtime.randomness import own_random_state
@@ -65,6 +66,14 @@ class Student(Recomputing):
     _following: bool = False
     _again: Closure | None = None
     _loss: Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A student that trains on by itself, from here; it follows no optimizer yet. The teacher is shared."""
+        other = super().__deepcopy__(memo)
+        other.pacer = self.pacer.on(other.store)
+        other._following = False
+        other._loss = other._again = None
+        return other
 
     @property
     def course(self) -> Course:
@@ -199,13 +208,13 @@ class Student(Recomputing):
         ):
             state_dict[f"{prefix}_extra_state"] = self.get_extra_state()
             own = self.state_dict()
-            for name in gauges(self.plan) & own.keys():
+            for name in gauges(self.plan, self.store) & own.keys():
                 state_dict.setdefault(prefix + name, own[name])
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _is_plain(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
         """Whether a state is one of the model alone, from which schedules begin anew."""
-        return not any(prefix + name in state_dict for name in gauges(self.plan))
+        return not any(prefix + name in state_dict for name in gauges(self.plan, self.store))
 
     @own_random_state()
     def finish(self, *, early: bool = False) -> Compressed:
@@ -226,7 +235,7 @@ class Student(Recomputing):
         job = Job(plan=plan, target=Store(), trains=True)
         program, lowering, output = finish(Driver(simulated.copy(), tensors), tensors, job)
         reference = job.reference or simulated
-        own = gauges(self.plan)
+        own = gauges(self.plan, self.store)
         sizes = {name: nbytes for name, nbytes in tensor_sizes(simulated).items() if name not in own}
         certificate = certify(program, reference, tensors, sizes, lowering, output)
         certificate = replace(certificate, code_mismatch=code_mismatch(program, simulated, tensors))
@@ -237,9 +246,9 @@ class Student(Recomputing):
         regrow = self._grow
         assert regrow is not None  # a student is always made with its model at hand
 
-        def grow(training: bool, call: Mapping[str, Any]) -> Program:
-            again = Job(plan=plan, target=job.target, trains=True)
-            fresh = regrow(training, call)
+        def grow(compressed: GraphModel, training: bool, call: Mapping[str, Any]) -> Program:
+            again = Job(plan=plan, target=compressed.store, trains=True)
+            fresh = regrow(self, training, call)
             inputs = None if training else verification_inputs(fresh, self.signature, call)
             return replayed(Driver(fresh, inputs), inputs, again)
 
@@ -298,9 +307,11 @@ def prepare(
     plan = job.plan or Plan()
     course = job.course or Course(store, plan, {}, recipe.seed)
 
-    def grow(training: bool, call: Mapping[str, Any]) -> Program:
-        fresh = capture(model, call, store, training=training, dynamic_shapes=dynamic_shapes)
-        again = Job(plan=plan, target=store, trains=True, course=course, momentum=momentum)
+    def grow(student: GraphModel, training: bool, call: Mapping[str, Any]) -> Program:
+        assert isinstance(student, Student)
+        own = student.store
+        fresh = capture(model, call, own, training=training, dynamic_shapes=dynamic_shapes)
+        again = Job(plan=plan, target=own, trains=True, course=student.course, momentum=momentum)
         return prepared(fresh, None, again).program
 
     student = Student.named(model, "Student")(store, plan, signature, grow=grow, attributes=forwarded(model))

@@ -59,6 +59,15 @@ def transplant(small: Compressed, model: nn.Module, *, inputs: Any = None) -> nn
             found=", ".join(unfit[:5]) + (f" and {len(unfit) - 5} more" if len(unfit) > 5 else ""),
             cure="call the compressed model itself, or leave these modules out in the recipe",
         )
+    names = [name for edit in edits for name in small.store.names_of(edit.fqn)]
+    several = [name for name in names if small.store.get(input_scale_name(name, 1)) is not None]
+    if several:
+        raise TransplantError(
+            "a module of the eager model has one static range, and some are called with several inputs",
+            required="modules that are called once, or dynamic activations",
+            found=", ".join(several[:5]),
+            cure="call the compressed model itself, or choose range 'dynamic'",
+        )
     copied = _copy(model, small)
     for edit in edits:
         for name in small.store.names_of(edit.fqn):
@@ -121,7 +130,7 @@ def _replace(model: nn.Module, fqn: str, edit: Quantize, small: Compressed) -> N
         new = QuantizedEmbedding(weight, dtype)
     else:
         decided = small.plan.quantize(edit.fqn, operator) or edit
-        bias, options = _activation(cast("Tensor | None", old.bias), f"{path}.bias", decided, small)
+        bias, options = _activation(cast("Tensor | None", old.bias), fqn, decided, small)
         if isinstance(old, nn.Conv2d):
             options |= {"padding_mode": old.padding_mode, "padding": symmetric_padding(old)}
             options |= {name: getattr(old, name) for name in ("stride", "dilation", "groups")}
@@ -132,19 +141,18 @@ def _replace(model: nn.Module, fqn: str, edit: Quantize, small: Compressed) -> N
 
 
 def _activation(
-    bias: Tensor | None, bias_name: str, edit: Quantize, small: Compressed
+    bias: Tensor | None, weight: str, edit: Quantize, small: Compressed
 ) -> tuple[Tensor | None, dict[str, Any]]:
-    """What a quantised module is told of its activation, and the bias with the activation's zero point folded in."""
+    """What the module with that weight is told of its activation, and its bias with the zero point folded in."""
     activation = edit.activation
     if not edit.static or activation is None:
         sums = small.store.get(sums_name(edit.fqn))
         return bias, {"activation": activation, "weight_sums": sums if isinstance(sums, Tensor) else None}
-    stored = [small.store.get(n) for n in (input_scale_name(edit.fqn), input_zero_name(edit.fqn))]
+    stored = [small.store.get(n) for n in (input_scale_name(weight), input_zero_name(weight))]
     scale, zero = (t if isinstance(t, Tensor) else None for t in stored)
     zero = zero - asymmetric_shift(activation) if zero is not None else None
-    corrected = small.store.get(
-        corrected_bias_name(edit.fqn, None if bias is None else small.store.canonical(bias_name))
-    )
+    own = small.store.canonical(f"{weight.rpartition('.')[0]}.bias")
+    corrected = small.store.get(corrected_bias_name(weight, None if bias is None else own))
     bias = corrected if isinstance(corrected, Tensor) else bias
     return bias, {"activation": activation, "input_scale": scale, "input_zero_point": zero}
 

@@ -24,7 +24,7 @@ from ..runtime.ops.qconv2d import QCONV2D
 from ..runtime.ops.qembedding import QEMBEDDING
 from ..runtime.ops.qlinear import QLINEAR, QLINEAR_WEIGHT_ONLY
 from ..runtime.ops.quantize import FAKE_QUANTIZE, QUANTIZE_ASYMMETRIC, QUANTIZE_DYNAMIC, QUANTIZE_STATIC
-from ..runtime.plan import Quantize
+from ..runtime.plan import Quantize, of_call
 from ..runtime.program import Program
 from ..runtime.qtensor import QTensor
 from ..runtime.scheme import Scheme
@@ -32,7 +32,7 @@ from ..runtime.store import Store
 from .fold import folded_bias_name
 from .match import Call, Literal, Match, Maybe, Stored, Var, full_args
 from .pack import pack
-from .quantize.insert import SITE
+from .quantize.insert import CALL, SITE
 from .rewrite import Rule, apply_rules
 
 aten = torch.ops.aten
@@ -52,10 +52,13 @@ def sums_name(fqn: str) -> str:
     return f"{fqn}_sums"
 
 
-def corrected_bias_name(fqn: str, bias: str | None) -> str:
-    """Where `bias`, added to a product with parameter `fqn`, is stored with the activation's zero point folded in."""
-    own = bias in (None, f"{fqn.rpartition('.')[0]}.bias".lstrip("."), folded_bias_name(fqn))
-    return f"{fqn}_corrected_bias" if own else f"{fqn}_corrected_{str(bias).replace('.', '_')}"
+def corrected_bias_name(weight: str, bias: str | None, call: int = 0) -> str:
+    """Where `bias`, added to a product with a weight, is stored with the activation's zero point folded in.
+
+    weight, call: the weight's name in the module that calls, and which of that name's inputs it is
+    """
+    own = bias in (None, f"{weight.rpartition('.')[0]}.bias".lstrip("."), folded_bias_name(weight))
+    return of_call(f"{weight}_corrected_bias" if own else f"{weight}_corrected_{str(bias).replace('.', '_')}", call)
 
 
 def lower(program: Program, edits: tuple[Quantize, ...], target: Store) -> Program:
@@ -169,7 +172,8 @@ def _corrected_bias(program: Program, found: Match) -> fx.Node | None:
     bias: fx.Node | None = found["b"]
     if found["xz"] is None:
         return bias
-    name = corrected_bias_name(_weight_name(found), program.tensor_of(bias))
+    weight, call = found.root.meta[CALL]
+    name = corrected_bias_name(weight, program.tensor_of(bias), call)
     if program.store.get(name) is None:
         qtensor = program.store.get(_weight_name(found))
         scale, zero = (program.store.get(str(found[n].target)) for n in ("xs", "xz"))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from ..runtime.errors import CalibrationError
 from ..runtime.plan import Plan, Quantize, input_scale_name, input_zero_name
 from ..runtime.program import Program
 from ..runtime.store import Store
@@ -19,7 +20,7 @@ from .certify import require_real
 from .driver import Driver, Pass
 from .fold import fold_batch_norm, fold_constants
 from .lower import lower
-from .quantize.calibrate import calibrate
+from .quantize.calibrate import calibrate, static_sites
 from .quantize.course import Course
 from .quantize.decide import Pace, QuantizeRule, decide
 from .quantize.insert import insert
@@ -90,23 +91,32 @@ def _decide(program: Program, job: Job) -> Program:
         decided = decide(program, job.rules)
         job.paces = {edit.fqn: pace for edit, pace in decided.items()}
         # Without training nothing is learned.
-        job.plan = Plan(tuple(replace(edit, learned=edit.learned and job.trains) for edit in decided))
+        edits = decided if job.trains else [replace(edit, learned=False, learned_input=False) for edit in decided]
+        job.plan = Plan(tuple(edits))
     return program
 
 
 def _calibrate(program: Program, job: Job) -> Program:
     """Ranges are calibrated once; later variants read them from the finished store."""
-    edits = [e for e in job.plan or () if e.static]
+    sites = static_sites(program, job.plan or ())
     if job.trains:
         assert job.batches is not None
-        place_ranges(program, edits, job.batches(), job.observer)
+        place_ranges(program, sites, job.batches(), job.observer)
         return program
-    missing = [e for e in edits if job.target.get(input_scale_name(e.fqn)) is None]
+    missing = [(s, edit) for s, edit in sites if job.target.get(input_scale_name(s.name, s.call)) is None]
+    if missing and job.batches is None:
+        site = missing[0][0]
+        raise CalibrationError(
+            f"{site.name} meets more inputs in this call of the model than in the one that was calibrated",
+            required="a static range for each",
+            found=f"none for input {site.call + 1}",
+            cure="compress with inputs= of this kind, or choose range 'dynamic'",
+        )
     if missing:
         assert job.batches is not None
         calibrate(program, missing, job.batches(), job.observer)
-    for edit in edits:
-        for name in (input_scale_name(edit.fqn), input_zero_name(edit.fqn)):
+    for site, _ in sites:
+        for name in (input_scale_name(site.name, site.call), input_zero_name(site.name, site.call)):
             known, found = job.target.get(name), program.store.get(name)
             if known is None and isinstance(found, Tensor):
                 job.target.put(name, found)

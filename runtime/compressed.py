@@ -52,6 +52,12 @@ class Compressed(GraphModel):
         self._differentiable: dict[Key, Program] = {}
         self.eval()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """As for any graph model."""
+        other = super().__deepcopy__(memo)
+        other._differentiable = {}
+        return other
+
     def train(self, mode: bool = True) -> Self:
         """A finished model has no training mode (an empty recipe's has): integers have no gradient."""
         if mode and len(self.plan):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
@@ -26,15 +27,16 @@ DTYPE = "dtype"
 # Growing captures and verifies, which borrows the model and wants the processor's threads alone: one at a time.
 _GROWING = threading.RLock()
 
-Grow = Callable[[bool, Mapping[str, Any]], Program]
+# (the model, training, arguments) -> a further variant of it
+Grow = Callable[["GraphModel", bool, Mapping[str, Any]], Program]
 
 
 class GraphModel(nn.Module):
     """Calls select a variant by mode and by which arguments are present; a new one is captured on first use.
 
-    Parameters and buffers are those of the store, under the model's own names. `grow(training, arguments)`
-    captures the model once more and replays the Plan on it; None where the model is not at hand. Its state_dict has
-    a tied tensor under every name, as the model's has, and each of them alone will do when one is loaded.
+    Parameters and buffers are those of the store, under the model's own names. `grow` captures the model once more
+    and replays the Plan on it; None where the model is not at hand. Its state_dict has a tied tensor under every
+    name, as the model's has, and each of them alone will do when one is loaded.
     """
 
     def __init__(
@@ -134,7 +136,7 @@ class GraphModel(nn.Module):
         with _GROWING, own_random_state():
             known = self.variants.get(call_key(training, structure))  # of a thread that was here before
             if known is None:
-                known = self._grow(training, arguments)
+                known = self._grow(self, training, arguments)
                 self.add(known)
             return known
 
@@ -169,10 +171,19 @@ class GraphModel(nn.Module):
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        raise DwindleError(
-            f"{type(self).__name__} shares tensors between graphs and cannot be deep-copied",
-            cure="save() and load() it, or compress the model again",
-        )
+        """Tensors of its own, and the same graphs on them. What was decided is shared; it never changes."""
+        other = self.__new__(type(self))
+        store = copy.deepcopy(self.store, memo)
+        GraphModel.__init__(other, store, self.plan, self.signature, grow=self._grow, attributes=self._attributes)
+        memo[id(self)] = other
+        for name, value in self.__dict__.items():
+            other.__dict__.setdefault(name, value)
+        other.training = self.training
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            other.__dict__[name] = copy.copy(self.__dict__[name])
+        for program in self.variants.values():
+            other.add(program.copy(store))
+        return other
 
 
 def _name_aliases(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -20,8 +20,10 @@ class Quantize:
 
     operator: the kind of call site, "linear", "embedding" or "conv2d".
     static: the activation's scale and zero point were calibrated and lie in the Store beside the weight
-        (`input_scale_name`, `input_zero_name`); else they are computed on each call.
+        (`input_scale_name`, `input_zero_name`), one pair for each input that it meets; else they are computed on each
+        call.
     learned: the weight's scale was trained and lies in the Store beside it (`weight_scale_name`)
+    learned_input: so was the static activation's
     """
 
     fqn: str
@@ -30,6 +32,7 @@ class Quantize:
     activation: Scheme | None = None
     static: bool = False
     learned: bool = False
+    learned_input: bool = False
 
 
 Edit = Quantize
@@ -70,14 +73,22 @@ def weight_scale_name(fqn: str) -> str:
     return f"{fqn}_scale"
 
 
-def input_scale_name(fqn: str) -> str:
-    """Where the calibrated scale of the activation that meets parameter `fqn` is stored."""
-    return f"{fqn}_input_scale"
+def input_scale_name(name: str, call: int = 0) -> str:
+    """Where the calibrated scale of the activation is stored that meets a parameter at one of its calls.
+
+    name: the parameter's in the module that calls, where it has several; call: of those of that module
+    """
+    return of_call(f"{name}_input_scale", call)
 
 
-def input_zero_name(fqn: str) -> str:
+def input_zero_name(name: str, call: int = 0) -> str:
     """Where its zero point is stored."""
-    return f"{fqn}_input_zero_point"
+    return of_call(f"{name}_input_zero_point", call)
+
+
+def of_call(name: str, call: int) -> str:
+    """A name for what every call has of its own; the first one's is the plain one."""
+    return f"{name}_{call}" if call else name
 
 
 def _plain(edit: Edit) -> dict[str, Any]:

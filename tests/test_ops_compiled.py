@@ -61,8 +61,9 @@ EXAMPLES: dict[str, list[tuple[Any, ...]]] = {
         for mix in (HALF, HALF * 0)
     ],
     "fake_quantize_learned": [
-        (random(5, 12).requires_grad_(), torch.rand(5).requires_grad_(), LEVELS, mix, W8.spell())
+        (random(5, 12).requires_grad_(), torch.rand(n).requires_grad_(), LEVELS, mix, batched, s.spell())
         for mix in (HALF, HALF * 0)
+        for n, batched, s in (((5,), False, W8), ((), True, A8_TENSOR))
     ],
     "steps_live": [
         *((random(5, 12).requires_grad_(), LEVELS, mix, KEY, s.spell()) for s in WHOLE for mix in (HALF, HALF * 0)),
@@ -74,8 +75,9 @@ EXAMPLES: dict[str, list[tuple[Any, ...]]] = {
         for mix in (HALF, HALF * 0)
     ],
     "steps_learned": [
-        (random(5, 12).requires_grad_(), torch.rand(5).requires_grad_(), LEVELS, mix, W8.spell())
+        (random(5, 12).requires_grad_(), torch.rand(n).requires_grad_(), LEVELS, mix, batched, s.spell())
         for mix in (HALF, HALF * 0)
+        for n, batched, s in (((5,), False, W8), ((), True, A8_TENSOR))
     ],
     "linear_of_steps": [
         (X.round().requires_grad_(), torch.rand(3, 1), random(5, 12).requires_grad_(), scale, random(5))

@@ -73,7 +73,8 @@ def test_steps_times_scale_is_the_simulated_value(scheme: Scheme, mix: Tensor) -
         (STEPS_LIVE, FAKE_QUANTIZE_LIVE, (levels(scheme), mix, None, scheme.spell())),
         (STEPS_LIVE, FAKE_QUANTIZE_LIVE, (levels(scheme), mix, None, A8_TOKEN.spell())),
         (STEPS_RANGED, FAKE_QUANTIZE_RANGED, (span, levels(scheme), mix, A8_TENSOR.spell())),
-        (STEPS_LEARNED, FAKE_QUANTIZE_LEARNED, (step, levels(scheme), mix, scheme.spell())),
+        (STEPS_LEARNED, FAKE_QUANTIZE_LEARNED, (step, levels(scheme), mix, False, scheme.spell())),
+        (STEPS_LEARNED, FAKE_QUANTIZE_LEARNED, (torch.tensor(0.1), levels(scheme), mix, True, A8_TENSOR.spell())),
     ):
         of = Scheme.parse(str(rest[-1]))
         for run in (steps.overload, steps.reference):
@@ -103,7 +104,7 @@ def test_gradients_are_those_of_the_simulated_product(mix: Tensor, learned: bool
     def on_steps(x: Tensor, w: Tensor, b: Tensor, step: Tensor) -> Tensor:
         u, s = run(STEPS_RANGED, x, span, q, mix, A8_TENSOR.spell())
         if learned:
-            v, t = run(STEPS_LEARNED, w, step, q, mix, scheme.spell())
+            v, t = run(STEPS_LEARNED, w, step, q, mix, False, scheme.spell())
         else:
             v, t = run(STEPS_LIVE, w, q, mix, None, scheme.spell())
         y: Tensor = run(LINEAR_OF_STEPS, u, s, v, t, b)
@@ -112,7 +113,7 @@ def test_gradients_are_those_of_the_simulated_product(mix: Tensor, learned: bool
     def on_values(x: Tensor, w: Tensor, b: Tensor, step: Tensor) -> Tensor:
         fx = FAKE_QUANTIZE_RANGED.reference(x, span, q, mix, A8_TENSOR.spell())
         if learned:
-            fw = FAKE_QUANTIZE_LEARNED.reference(w, step, q, mix, scheme.spell())
+            fw = FAKE_QUANTIZE_LEARNED.reference(w, step, q, mix, False, scheme.spell())
         else:
             fw = FAKE_QUANTIZE_LIVE.reference(w, q, mix, None, scheme.spell())
         return F.linear(fx, fw, b)

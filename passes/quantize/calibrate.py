@@ -11,31 +11,33 @@ from ...runtime.errors import CalibrationError
 from ...runtime.plan import Quantize, input_scale_name, input_zero_name
 from ...runtime.program import Program
 from ..watch import watch
-from .observers import MakeObserver, Observer
-from .sites import find_sites
+from .observers import MakeObserver
+from .sites import Site, find_sites
+
+Static = tuple[Site, Quantize]
+
+
+def static_sites(program: Program, edits: Iterable[Quantize]) -> list[Static]:
+    """Every site whose activation is to have a range of its own, with its edit."""
+    static = {edit.fqn: edit for edit in edits if edit.static}
+    return [(s, static[s.fqn]) for s in find_sites(program) if s.fqn in static and s.activation is not None]
 
 
 def calibrate(
-    program: Program, edits: Sequence[Quantize], batches: Iterable[Sequence[Tensor]], make: MakeObserver
+    program: Program, sites: Sequence[Static], batches: Iterable[Sequence[Tensor]], make: MakeObserver
 ) -> None:
-    """Observe the activation of every static edit and put its scale and zero point into the store.
+    """Observe the activation of every site and put its scale and zero point into the store.
 
     batches: flat inputs of the program, as many as wanted; consumed once.
     Raises CalibrationError when there are none.
     """
-    static = {edit.fqn: edit for edit in edits if edit.static}
-    if not static:
+    if not sites:
         return
-    watched: dict[str, tuple[fx.Node, ...]] = {}  # a shared weight has one range over all that it meets
-    for site in find_sites(program):
-        if site.fqn in static and site.activation is not None:
-            watched[site.fqn] = tuple(dict.fromkeys((*watched.get(site.fqn, ()), site.activation)))
-    observers = {nodes: make() for nodes in watched.values()}
+    observers = {site.activation: make() for site, _ in sites}
 
     def look(node: fx.Node, args: tuple[Any, ...], value: Any) -> Any:
-        for nodes, observer in observers.items():
-            if node in nodes:
-                observer.observe(value)
+        if node in observers:
+            observers[node].observe(value)
         return value
 
     count = 0
@@ -49,13 +51,9 @@ def calibrate(
             found="none",
             cure="pass data=[batch, ...] or use a recipe with dynamic activations",
         )
-    for fqn, nodes in watched.items():
-        _put(program, static[fqn], observers[nodes])
-
-
-def _put(program: Program, edit: Quantize, observer: Observer) -> None:
-    assert edit.activation is not None
-    params = observer.params(edit.activation)
-    program.store.put(input_scale_name(edit.fqn), params.scale)
-    if params.zero_point is not None:
-        program.store.put(input_zero_name(edit.fqn), params.zero_point)
+    for site, edit in sites:
+        assert edit.activation is not None
+        params = observers[site.activation].params(edit.activation)
+        program.store.put(input_scale_name(site.name, site.call), params.scale)
+        if params.zero_point is not None:
+            program.store.put(input_zero_name(site.name, site.call), params.zero_point)

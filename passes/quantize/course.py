@@ -8,6 +8,7 @@ All of it is plain data and comes back from `to_json`, so that a resumed run goe
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -63,6 +64,12 @@ class Course:
         Gauge(edit.fqn).place(self.store, weight.device)
         if edit.activation is not None:
             Gauge(edit.fqn, of_input=True).place(self.store, weight.device)
+
+    def on(self, store: Store) -> Course:
+        """The same course, to go on by itself on a copy of this one's store."""
+        other = copy.copy(self)
+        other.store, other.weights, other.inputs = store, dict(self.weights), dict(self.inputs)
+        return other
 
     def advance(self, factors: Mapping[str, int] | None = None) -> list[Drop]:
         """One optimizer step is done. factors: MoQ's stretching of the period, by weight."""

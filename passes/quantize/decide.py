@@ -40,7 +40,8 @@ class QuantizeRule:
     weight: None leaves them in floating point, unless `adds`: then the rule says only what their activation gets, and
         their weight is as earlier rules have it; groups: how many scales it has, in place of the scheme's granularity
     learned: the weight's scale is trained; schedule: its bits while training
-    activation: None is weight-only; static: calibrate the activation's range instead of taking it on each call
+    activation: None is weight-only; static: calibrate the activation's range instead of taking it on each call, and
+        learned_input: train it
     section: of a configuration; no two patterns of one section may choose the same module
     """
 
@@ -54,6 +55,7 @@ class QuantizeRule:
     schedule: Schedule = AT_ONCE
     activation: Scheme | None = None
     static: bool = False
+    learned_input: bool = False
     activation_schedule: Schedule = AT_ONCE
     section: str = ""
 
@@ -100,8 +102,8 @@ def _rule_for(model: Reading, use: Use, rules: Sequence[QuantizeRule]) -> Quanti
             continue
         if rule.weight is None or added is None:
             return rule if rule.weight is not None else None
-        pace = added.activation_schedule
-        return replace(rule, activation=added.activation, static=added.static, activation_schedule=pace)
+        taken = ("activation", "static", "learned_input", "activation_schedule")
+        return replace(rule, **{name: getattr(added, name) for name in taken})
     return None
 
 
@@ -165,6 +167,7 @@ def _edits(model: Reading, fqn: str, calls: Sequence[tuple[Use, QuantizeRule | N
             activation=meets,
             static=rule.static and meets is not None,
             learned=widest.learned,
+            learned_input=rule.learned_input and meets is not None,
         )
         edits[use.operator] = _affordable(model, use, edit), Pace(widest.schedule, rule.activation_schedule)
     return list(edits.values())

@@ -3,14 +3,16 @@
     W             ->  live(W, qmax, mix, key)           or learned(W, step, qmax, mix)
     embedding(W)  ->  live(embedding(W, i), ...)        one scale a row: only rows that are looked up are quantised
     x             ->  live(x, ...) dynamic              or ranged(x, range, ...) static; training observes the range too
+                                                        or learned(x, step, ...)
 
 `floating` takes them out again, so that the Plan as it is in the end can be simulated as for any other model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count, takewhile
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,11 +28,12 @@ from ...runtime.ops.training import (
     learned_scale,
     range_params,
 )
-from ...runtime.plan import Plan, Quantize, input_scale_name, input_zero_name, weight_scale_name
+from ...runtime.plan import Plan, Quantize, input_scale_name, input_zero_name, of_call, weight_scale_name
 from ...runtime.program import Program
 from ...runtime.scheme import Scheme
 from ...runtime.store import Store
-from .calibrate import calibrate
+from .calibrate import Static, calibrate, static_sites
+from .insert import Met
 from .observers import MakeObserver
 from .schedule import FULL, Precision, Schedule
 from .sites import Site, readers
@@ -39,18 +42,19 @@ from .steps import as_values
 LIVE = (FAKE_QUANTIZE_LIVE, FAKE_QUANTIZE_RANGED, FAKE_QUANTIZE_LEARNED)
 
 
-PARTS = ("qmax", "mix", "key", "step", "range")
+PARTS = ("qmax", "mix", "key", "step")
+RANGES = ("range", "step")
 
 
 @dataclass(frozen=True)
 class Gauge:
-    """Where the precision of parameter `fqn` lies in the store, or that of the activation that meets it."""
+    """Where the precision of parameter `fqn` lies in the store, or that of the activations that meet it."""
 
     fqn: str
     of_input: bool = False
 
     def __call__(self, part: str) -> str:
-        """The name of one part: qmax, mix, key, step (a learned scale) or range."""
+        """The name of one part: qmax, mix, key or step (a learned scale)."""
         return f"{self.fqn}_input_{part}" if self.of_input else f"{self.fqn}_{part}"
 
     def tensor(self, store: Store, part: str) -> Tensor:
@@ -78,6 +82,24 @@ class Gauge:
         mix.fill_(1.0 if now.bits == FULL else now.mix)
 
 
+@dataclass(frozen=True)
+class Reach:
+    """Where the range of one activation lies in the store: that which meets the weight called `name` at a call."""
+
+    name: str
+    call: int
+
+    def __call__(self, part: str) -> str:
+        """The name of one part: range, or step where it is learned."""
+        return of_call(f"{self.name}_input_{part}", self.call)
+
+    def tensor(self, store: Store, part: str) -> Tensor:
+        """That part's tensor."""
+        value = store.get(self(part))
+        assert isinstance(value, Tensor), f"{self(part)} is not stored"
+        return value
+
+
 def _place_step(store: Store, site: Site, scheme: Scheme) -> None:
     """A learned scale as a parameter, s = 2 mean|w| / sqrt(qmax) (LSQ, section 2.1)."""
     gauge, weight = Gauge(site.fqn), store.get(site.fqn)
@@ -88,6 +110,22 @@ def _place_step(store: Store, site: Site, scheme: Scheme) -> None:
         step = 2 * mean * torch.rsqrt(gauge.tensor(store, "qmax").float())
         shape = numerics.scale_shape(w.shape, scheme)
         store.put(gauge("step"), nn.Parameter(torch.where(step > 0, step, 1.0).reshape(shape)))
+
+
+def _place_input_step(store: Store, reach: Reach, scheme: Scheme) -> str:
+    """A learned scale as a parameter, from the range that data gave. Raises CalibrationError where none did."""
+    name = reach("step")
+    if store.get(name) is None:
+        span = store.get(reach("range"))
+        if not isinstance(span, Tensor):
+            raise CalibrationError(
+                f"the learned range of the input of {reach.name} has nothing to begin from",
+                required="data",
+                found="none",
+                cure="prepare(..., data=batches)",
+            )
+        store.put(name, nn.Parameter(range_params(span, scheme).scale))
+    return name
 
 
 class Live:
@@ -120,39 +158,49 @@ class Live:
         if edit.learned:
             _place_step(program.store, site, scheme)
             step = program.get_attr(names("step"), before)
-            args = (step, qmax, mix, scheme.spell())
+            args = (step, qmax, mix, False, scheme.spell())
             return program.emit_alike(FAKE_QUANTIZE_LEARNED.overload, x, *args, like=before)
         drawn = scheme.rounding == "stochastic" and program.contract.training
         key = program.get_attr(names("key"), before) if drawn else None
         spelled = (scheme if drawn else scheme.nearest).spell()
         return program.emit_alike(FAKE_QUANTIZE_LIVE.overload, x, qmax, mix, key, spelled, like=before)
 
-    def activation(self, program: Program, x: fx.Node, edit: Quantize, before: fx.Node) -> fx.Node:
+    def activation(self, program: Program, x: fx.Node, met: Met, before: fx.Node) -> fx.Node:
         """Quantised by its own range on each call, or by one that training observes."""
+        edit = met.edit
         assert edit.activation is not None
-        names, spelled = Gauge(edit.fqn, of_input=True), edit.activation.spell()
+        names, reach, spelled = Gauge(edit.fqn, of_input=True), Reach(met.name, met.call), edit.activation.spell()
         canonical = program.store.canonical
         qmax, mix = (program.get_attr(canonical(names(part)), before) for part in ("qmax", "mix"))
         if not edit.static:
             return program.emit_alike(FAKE_QUANTIZE_LIVE.overload, x, qmax, mix, None, spelled, like=before)
-        if program.store.get(names("range")) is None:
-            program.store.put(names("range"), torch.zeros(2, device=names.tensor(program.store, "mix").device))
-        span = program.get_attr(canonical(names("range")), before)
+        if edit.learned_input:
+            step = program.get_attr(canonical(_place_input_step(program.store, reach, edit.activation)), before)
+            args = (step, qmax, mix, True, spelled)
+            return program.emit_alike(FAKE_QUANTIZE_LEARNED.overload, x, *args, like=before)
+        if program.store.get(reach("range")) is None:
+            program.store.put(reach("range"), torch.zeros(2, device=names.tensor(program.store, "mix").device))
+        span = program.get_attr(canonical(reach("range")), before)
         if program.contract.training:
             program.emit(OBSERVE_RANGE.overload, span, x, self.momentum, like=before)
         return program.emit_alike(FAKE_QUANTIZE_RANGED.overload, x, span, qmax, mix, spelled, like=before)
 
-    def join(self, program: Program, first: Quantize, edit: Quantize) -> bool:
+    def join(self, program: Program, first: Met, second: Met) -> bool:
         """Where scheme and schedule are alike; the second's precision and range are the first's from then on."""
-        if (first.activation, first.static) != (edit.activation, edit.static):
+        one, two = first.edit, second.edit
+        if (one.activation, one.static, one.learned_input) != (two.activation, two.static, two.learned_input):
             return False
-        if self.schedules[first.fqn] != self.schedules[edit.fqn]:
+        if self.schedules[one.fqn] != self.schedules[two.fqn]:
             return False
-        own, theirs = Gauge(first.fqn, of_input=True), Gauge(edit.fqn, of_input=True)
-        for part in ("qmax", "mix", "key", "range"):
-            if program.store.get(own(part)) is not None and own(part) != theirs(part):
-                program.store.aliases.setdefault(theirs(part), program.store.canonical(own(part)))
+        _share(program.store, Gauge(one.fqn, of_input=True), Gauge(two.fqn, of_input=True), ("qmax", "mix", "key"))
+        _share(program.store, Reach(first.name, first.call), Reach(second.name, second.call), RANGES)
         return True
+
+
+def _share(store: Store, own: Callable[[str], str], theirs: Callable[[str], str], parts: Sequence[str]) -> None:
+    for part in parts:
+        if store.get(own(part)) is not None and own(part) != theirs(part):
+            store.aliases.setdefault(theirs(part), store.canonical(own(part)))
 
 
 def by_row(edit: Quantize, *, alone: bool) -> Scheme | None:
@@ -169,27 +217,36 @@ def by_row(edit: Quantize, *, alone: bool) -> Scheme | None:
 
 
 def place_ranges(
-    program: Program, edits: Sequence[Quantize], batches: Iterable[Sequence[Tensor]], make: MakeObserver
+    program: Program, sites: Sequence[Static], batches: Iterable[Sequence[Tensor]], make: MakeObserver
 ) -> None:
     """Ranges of static activations from data, for training to go on from."""
     probe = program.copy(program.store.fork())
-    calibrate(probe, edits, batches, make)
-    for edit in edits:
-        scale, zero = (probe.store.get(name(edit.fqn)) for name in (input_scale_name, input_zero_name))
+    calibrate(probe, static_sites(probe, [edit for _, edit in sites]), batches, make)
+    for site, edit in sites:
+        scale, zero = (probe.store.get(name(site.name, site.call)) for name in (input_scale_name, input_zero_name))
         assert isinstance(scale, Tensor) and edit.activation is not None
         first = -zero if isinstance(zero, Tensor) else torch.full_like(scale, edit.activation.qmin)
         low, high = first * scale, (first + edit.activation.qmax - edit.activation.qmin) * scale
-        program.store.put(Gauge(edit.fqn, of_input=True)("range"), torch.stack([low, high]))
+        span = torch.stack([low, high])
+        program.store.put(Reach(site.name, site.call)("range"), span, persistent=not edit.learned_input)
 
 
-def gauges(plan: Plan) -> set[str]:
-    """All names that training may give tensors of its own."""
-    return {Gauge(edit.fqn, of_input)(part) for edit in plan for of_input in (False, True) for part in PARTS}
+def gauges(plan: Plan, store: Store) -> set[str]:
+    """All names under which training may keep tensors of its own."""
+    own = {Gauge(edit.fqn, of_input)(part) for edit in plan for of_input in (False, True) for part in PARTS}
+    return own | {reach(part) for edit in plan for reach in _reaches(store, edit.fqn) for part in RANGES}
 
 
 def is_empty(store: Store, fqn: str) -> bool:
-    """Whether nothing was seen yet of the static range of the activation that meets a weight."""
-    return unseen(Gauge(fqn, of_input=True).tensor(store, "range"))
+    """Whether nothing was seen yet of the static range of an activation that meets a weight."""
+    return any(unseen(reach.tensor(store, "range")) for reach in _reaches(store, fqn))
+
+
+def _reaches(store: Store, fqn: str) -> Iterator[Reach]:
+    """Where the ranges of all activations that meet a weight lie."""
+    for name in store.names_of(fqn):
+        reaches = (Reach(name, call) for call in count())
+        yield from takewhile(lambda reach: store.get(reach("range")) is not None, reaches)
 
 
 def unseen(span: Tensor) -> bool:
@@ -222,10 +279,14 @@ def _put_scales(store: Store, edit: Quantize) -> None:
         step = Gauge(edit.fqn).tensor(store, "step")
         store.put(weight_scale_name(edit.fqn), learned_scale(step.detach()))
     if edit.static and edit.activation is not None:
-        params = observed(Gauge(edit.fqn, of_input=True).tensor(store, "range"), edit.activation, edit.fqn)
-        store.put(input_scale_name(edit.fqn), params.scale)
-        if params.zero_point is not None:
-            store.put(input_zero_name(edit.fqn), params.zero_point)
+        for reach in _reaches(store, edit.fqn):
+            if edit.learned_input:
+                params = Params(learned_scale(reach.tensor(store, "step").detach()))
+            else:
+                params = observed(reach.tensor(store, "range"), edit.activation, reach.name)
+            store.put(input_scale_name(reach.name, reach.call), params.scale)
+            if params.zero_point is not None:
+                store.put(input_zero_name(reach.name, reach.call), params.zero_point)
 
 
 def observed(span: Tensor, scheme: Scheme, fqn: str) -> Params:

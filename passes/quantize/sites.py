@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -23,6 +24,8 @@ class Site:
 
     fqn: the weight's stored name; transposed: the call reads it as `w.t()` (GPT-2's Conv1D keeps (K, N))
     weight: the node that gives the weight as the call takes it; path: module the call came from
+    name: the weight's own name in that module, where it has several
+    call: which of the inputs that meet it under that name, in graph order: alike in every variant
     """
 
     node: fx.Node
@@ -31,6 +34,8 @@ class Site:
     weight: fx.Node
     transposed: bool
     path: str
+    name: str
+    call: int = 0
 
     @property
     def activation(self) -> fx.Node | None:
@@ -75,7 +80,12 @@ _CALLS = (
 
 def find_sites(program: Program) -> list[Site]:
     """All sites, in graph order."""
-    return [site for node in program.graph.nodes if (site := _site(program, node)) is not None]
+    sites = [site for node in program.graph.nodes if (site := _site(program, node)) is not None]
+    met: dict[str, list[fx.Node]] = defaultdict(list)
+    for site in sites:
+        if site.activation is not None and site.activation not in met[site.name]:
+            met[site.name].append(site.activation)
+    return [s if s.activation is None else replace(s, call=met[s.name].index(s.activation)) for s in sites]
 
 
 def readers(program: Program, fqn: str) -> Iterator[fx.Node]:
@@ -122,7 +132,9 @@ def _site(program: Program, node: fx.Node) -> Site | None:
             fqn = program.tensor_of(source)
             if fqn is None or not isinstance(program.store.get(fqn), torch.nn.Parameter):
                 return None
-            return Site(node, operator, fqn, weight, source is not weight, compat.module_path(node))
+            path = compat.module_path(node)
+            own = (name for name in program.store.names_of(fqn) if name.rpartition(".")[0] == path)
+            return Site(node, operator, fqn, weight, source is not weight, path, next(own, fqn))
     return None
 
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from .. import numerics
 from ..scheme import Scheme
 from .operator import Kernel, Operator
-from .training import current, learned_scale, mixed, range_params, scaled_gradient
+from .training import current, gradient_factor, learned_scale, mixed, range_params, scaled_gradient
 
 Steps = tuple[Tensor, Tensor]
 
@@ -91,11 +91,11 @@ def _ranged(x: Tensor, span: Tensor, qmax: Tensor, mix: Tensor, scheme: str) -> 
     return numerics.straight_through(u, x * slope / s), s
 
 
-def _learned(x: Tensor, scale: Tensor, qmax: Tensor, mix: Tensor, scheme: str) -> Steps:
+def _learned(x: Tensor, scale: Tensor, qmax: Tensor, mix: Tensor, batched: bool, scheme: str) -> Steps:
     parsed = Scheme.parse(scheme)
     levels = qmax.float()
     shape = numerics.blocks(x, parsed).shape  # (scales, elements)
-    s = scaled_gradient(learned_scale(scale), torch.rsqrt(levels * shape[1]))
+    s = scaled_gradient(learned_scale(scale), gradient_factor(x, shape[1], levels, batched))
     ratio = x.float().reshape(shape) / s.reshape(-1, 1)
     inner = torch.minimum(torch.maximum(ratio, -levels), levels)
     steps = (inner + (torch.round(inner) - inner).detach()).reshape(x.shape)
@@ -128,7 +128,7 @@ STEPS_RANGED = Operator(
 
 STEPS_LEARNED = Operator(
     name="steps_learned",
-    schema="(Tensor x, Tensor scale, Tensor qmax, Tensor mix, str scheme) -> (Tensor, Tensor)",
+    schema="(Tensor x, Tensor scale, Tensor qmax, Tensor mix, bool batched, str scheme) -> (Tensor, Tensor)",
     reference=_learned,
 )
 

@@ -7,11 +7,13 @@
 
 qmax (int32, 0-d) is the largest code, so a schedule changes the bits without a new trace; of a ternary or binary
 scheme the codes are uniform up to qmax until qmax is 0. mix (fp32, 0-d) is r: 1 leaves x as it is. key (int64, 0-d)
-seeds stochastic rounding. qmax is an integer so that casting a model to half leaves it alone.
+seeds stochastic rounding. batched: x is an activation, whose first dimension is that of examples. qmax is an integer
+so that casting a model to half leaves it alone.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -93,15 +95,20 @@ def learned_scale(step: Tensor) -> Tensor:
     return step.float().abs().clamp_min(numerics.SMALLEST_SCALE)
 
 
-def _learned(x: Tensor, scale: Tensor, qmax: Tensor, mix: Tensor, scheme: str) -> Tensor:
+def _learned(x: Tensor, scale: Tensor, qmax: Tensor, mix: Tensor, batched: bool, scheme: str) -> Tensor:
     parsed = Scheme.parse(scheme)
     levels = qmax.float()
     shape = numerics.blocks(x, parsed).shape  # (scales, elements)
-    s = scaled_gradient(learned_scale(scale).reshape(-1, 1), torch.rsqrt(levels * shape[1]))
+    s = scaled_gradient(learned_scale(scale).reshape(-1, 1), gradient_factor(x, shape[1], levels, batched))
     ratio = x.float().reshape(shape) / s
     inner = torch.minimum(torch.maximum(ratio, -levels), levels)
     codes = inner + (torch.round(inner) - inner).detach()
     return torch.lerp((codes * s).reshape(x.shape), x.float(), mix.float()).to(x.dtype)
+
+
+def gradient_factor(x: Tensor, elements: int, levels: Tensor, batched: bool) -> Tensor:
+    """1 / sqrt(N qmax), N the elements of a scale; of an activation those of one example (LSQ, section 2.2)."""
+    return torch.rsqrt(levels * (math.prod(x.shape[1:]) if batched else elements))
 
 
 def scaled_gradient(s: Tensor, factor: Tensor) -> Tensor:
@@ -134,7 +141,7 @@ FAKE_QUANTIZE_RANGED = Operator(
 
 FAKE_QUANTIZE_LEARNED = Operator(
     name="fake_quantize_learned",
-    schema="(Tensor x, Tensor scale, Tensor qmax, Tensor mix, str scheme) -> Tensor",
+    schema="(Tensor x, Tensor scale, Tensor qmax, Tensor mix, bool batched, str scheme) -> Tensor",
     reference=_learned,
 )
 
