@@ -187,31 +187,36 @@ def finished(task: Task, small: dwindle.Compressed) -> Point:
     return {**task.evaluate(small), "bytes": certificate.bytes_after / certificate.bytes_before}
 
 
-def against(points: Sequence[Point], floats: Sequence[Point], task: str) -> str:
-    """The paired difference to float, with its interval: of accuracy in points, of perplexity in per cent."""
-    a, b = (np.mean([[float(s) for s in point["scores"]] for point in side], axis=0) for side in (points, floats))
+def against(points: Sequence[Point], others: Sequence[Point], task: str) -> str:
+    """The paired difference to other runs, with its interval: of accuracy in points, of perplexity in per cent."""
+    sides = (points, others[: len(points)])
+    a, b = (np.mean([[float(s) for s in point["scores"]] for point in side], axis=0) for side in sides)
     mean, ends = paired_difference(a.tolist(), b.tolist())
     shown = [100 * (math.exp(v) - 1 if task == "language" else v) for v in (mean, *ends)]
     return f"{shown[0]:+.2f} ({shown[1]:+.2f} to {shown[2]:+.2f})"
 
 
 def show(name: str, rows: Mapping[str, Sequence[Point]], console: Console) -> None:
-    """Each run's figures for every seed, and its difference to float."""
+    """Each run's figures for every seed, and its difference to float and to flat training with as many bits."""
     task = TABLES[name][0]
     measured, unit = ("perplexity", "%") if task == "language" else ("accuracy", "points")
     table = Table(title=name, title_justify="left")
-    for heading in ("run", measured, f"less float's, {unit}", "correlation", "bytes", "bits", "agrees", "CPU s"):
+    for heading in ("run", measured, f"less float's, {unit}", "less flat's"):
+        table.add_column(heading)
+    for heading in ("correlation", "bytes", "bits", "agrees", "CPU s"):
         table.add_column(heading)
 
     def each(points: Sequence[Point], key: str, form: str) -> str:
         return " ".join(format(point[key], form) for point in points if key in point)
 
     for run, points in rows.items():
-        apart = "" if run == "float" else against(points, rows["float"][: len(points)], task)
+        flat = f"{run.split()[0]} flat"
+        apart = ["" if run == "float" else against(points, rows["float"], task)]
+        apart.append(against(points, rows[flat], task) if flat in rows and run != flat else "")
         forms = {"correlation": ".4f", "bytes": ".3f", "average bits": ".2f", "agrees with the student": ".4f"}
         cells = [each(points[: None if key == "correlation" else 1], key, form) for key, form in forms.items()]
         spent = each(points, "training CPU s", ".0f")
-        table.add_row(run, each(points, measured, ".4f"), apart, *cells, spent)
+        table.add_row(run, each(points, measured, ".4f"), *apart, *cells, spent)
     console.print(table)
 
 
