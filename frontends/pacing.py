@@ -39,7 +39,7 @@ from .history import History
 from .settings import AdaptiveSettings, SensitivitySettings
 
 Closure = Callable[[], Tensor]
-STATE = 1  # version of what a state_dict holds besides tensors
+STATE = 2  # version of what a state_dict holds besides tensors
 
 
 @dataclass

@@ -25,6 +25,8 @@ class Recomputing(GraphModel):
     _own = True  # whether the model's own checkpoints are kept
     _recomputed: Mapping[Key, fx.GraphModule] = {}
 
+    NOT_COPIED = (*GraphModel.NOT_COPIED, "_recomputed")  # made with the variants
+
     def add(self, program: Program) -> None:
         """As for any model; the variant's checkpointed form is made with it."""
         module = self._checkpointed(program)

@@ -19,10 +19,10 @@ from ..passes.driver import Driver
 from ..passes.mismatch import code_mismatch
 from ..passes.pipeline import Job
 from ..passes.quantize.course import Course, Drop
-from ..passes.quantize.live import gauges, is_empty
+from ..passes.quantize.live import gauges, load_ranges, require_seen
 from ..runtime.compressed import Compressed
-from ..runtime.contract import Signature
-from ..runtime.errors import CalibrationError, ScheduleError
+from ..runtime.contract import Key, Signature
+from ..runtime.errors import ScheduleError
 from ..runtime.model import GraphModel
 from ..runtime.plan import Plan
 from ..runtime.program import Program
@@ -62,17 +62,17 @@ class Student(Recomputing):
     example: Mapping[str, Any]
     pacer: Pacer
     _teacher: tuple[nn.Module, ...] = ()  # in a tuple, so that it is no part of the student
-    _unseen: Sequence[str] = ()  # weights whose inputs' static ranges may be empty yet
+    _seen: frozenset[Key] = frozenset()  # variants all of whose static ranges have seen something
     _following: bool = False
     _again: Closure | None = None
     _loss: Tensor | None = None
 
+    NOT_COPIED = (*Recomputing.NOT_COPIED, "pacer", "_teacher", "_following", "_again", "_loss")
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A student that trains on by itself, from here; it follows no optimizer yet. The teacher is shared."""
         other = super().__deepcopy__(memo)
-        other.pacer = self.pacer.on(other.store)
-        other._following = False
-        other._loss = other._again = None
+        other.pacer, other._teacher = self.pacer.on(other.store), self._teacher
         return other
 
     @property
@@ -81,23 +81,18 @@ class Student(Recomputing):
         return self.pacer.course
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._unseen and not self.training:
-            self._require_ranges()
         output = super()._call(args, kwargs)
         if self.training and not torch.compiler.is_compiling():
             self._remember(task_loss(output), lambda: cast(Tensor, task_loss(self._call(args, kwargs))))
         return output
 
-    def _require_ranges(self) -> None:
+    def _run(self, program: Program, tensors: Sequence[Tensor]) -> Any:
         """Static ranges are observed in training mode; before that there is nothing to quantise by."""
-        self._unseen = [fqn for fqn in self._unseen if is_empty(self.store, fqn)]
-        if self._unseen:
-            raise CalibrationError(
-                f"the inputs of {len(self._unseen)} weights have static ranges that nothing was seen of",
-                required="a call in training mode, or data",
-                found=f"eval mode before either, for {self._unseen[0]}",
-                cure="prepare(..., data=batches), or train first, or choose range 'dynamic'",
-            )
+        key = program.contract.key
+        if not self.training and key not in self._seen and not torch.compiler.is_compiling():
+            require_seen(program, self.plan)
+            self._seen |= {key}
+        return super()._run(program, tensors)
 
     def _remember(self, loss: Tensor | None, again: Closure) -> None:
         """The loss of the last batch, and how to compute it once more: what `step` goes by."""
@@ -210,6 +205,7 @@ class Student(Recomputing):
             own = self.state_dict()
             for name in gauges(self.plan, self.store) & own.keys():
                 state_dict.setdefault(prefix + name, own[name])
+        load_ranges(self.store, self.plan, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _is_plain(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
@@ -229,6 +225,7 @@ class Student(Recomputing):
                 "train on, shorten the schedule, or finish(early=True) with the bits as they are"
             )
             self.pacer.require_budget()
+        self.course.require_shown()
         plan = self.course.plan()
         simulated = self._eval_variant()
         tensors = verification_inputs(simulated, self.signature, self.example)
@@ -316,7 +313,6 @@ def prepare(
 
     student = Student.named(model, "Student")(store, plan, signature, grow=grow, attributes=forwarded(model))
     student.recipe, student.example = recipe, arguments
-    student._unseen = [edit.fqn for edit in plan if edit.static]
     student._teacher = () if teacher is None else (teacher,)
     student.pacer = Pacer(course, recipe.sensitivity, recipe.adaptive())
     student.add(program)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any, cast
 
 import torch
@@ -60,7 +61,7 @@ def transplant(small: Compressed, model: nn.Module, *, inputs: Any = None) -> nn
             cure="call the compressed model itself, or leave these modules out in the recipe",
         )
     names = [name for edit in edits for name in small.store.names_of(edit.fqn)]
-    several = [name for name in names if small.store.get(input_scale_name(name, 1)) is not None]
+    several = [name for name in names if _differ(small, name)]
     if several:
         raise TransplantError(
             "a module of the eager model has one static range, and some are called with several inputs",
@@ -74,6 +75,18 @@ def transplant(small: Compressed, model: nn.Module, *, inputs: Any = None) -> nn
             _replace(copied, name, edit, small)
     _verify(small, copied.eval(), model, inputs)
     return copied
+
+
+def _differ(small: Compressed, name: str) -> bool:
+    """Whether a weight has static ranges that differ from call to call."""
+    for of in (input_scale_name, input_zero_name):
+        stored = itertools.takewhile(
+            lambda tensor: tensor is not None, (small.store.get(of(name, i)) for i in itertools.count())
+        )
+        tensors = [tensor for tensor in stored if isinstance(tensor, Tensor)]
+        if any(not torch.equal(tensors[0], other) for other in tensors[1:]):
+            return True
+    return False
 
 
 def _expressible(model: nn.Module, names: list[str], operator: str) -> bool:
@@ -164,7 +177,15 @@ def _verify(small: Compressed, copied: nn.Module, model: nn.Module, inputs: Any)
         torch.manual_seed(0)  # a model may draw noise in eval mode too
         expected = flat_outputs(flatten(small(**arguments))[1])
         torch.manual_seed(0)
-        found = flat_outputs(flatten(copied(**call))[1])
+        try:
+            found = flat_outputs(flatten(copied(**call))[1])
+        except (TypeError, AttributeError) as error:  # a packed weight is no tensor
+            raise TransplantError(
+                "the eager module does not run with packed weights",
+                required="modules that alone read their weights",
+                found=f"{type(error).__name__}: {error}",
+                cure="some module reads the weight of another; leave it out in the recipe",
+            ) from error
     delta = difference(expected, found)
     if not delta.relative <= LIMIT:
         raise TransplantError(

@@ -20,7 +20,7 @@ from .certify import require_real
 from .driver import Driver, Pass
 from .fold import fold_batch_norm, fold_constants
 from .lower import lower
-from .quantize.calibrate import calibrate, static_sites
+from .quantize.calibrate import calibrate, require_calls, static_sites
 from .quantize.course import Course
 from .quantize.decide import Pace, QuantizeRule, decide
 from .quantize.insert import insert
@@ -103,14 +103,15 @@ def _calibrate(program: Program, job: Job) -> Program:
         assert job.batches is not None
         place_ranges(program, sites, job.batches(), job.observer)
         return program
+    require_calls(sites, job.target.calls)
     missing = [(s, edit) for s, edit in sites if job.target.get(input_scale_name(s.name, s.call)) is None]
     if missing and job.batches is None:
         site = missing[0][0]
         raise CalibrationError(
-            f"{site.name} meets more inputs in this call of the model than in the one that was calibrated",
-            required="a static range for each",
-            found=f"none for input {site.call + 1}",
-            cure="compress with inputs= of this kind, or choose range 'dynamic'",
+            f"{site.name} is not called where its static range would have been taken",
+            required="calibration data that reaches it",
+            found="a call of the model with other arguments than those of data=",
+            cure="compress with inputs= and data= of this kind, or choose range 'dynamic'",
         )
     if missing:
         assert job.batches is not None
@@ -130,8 +131,10 @@ def _insert(program: Program, job: Job) -> Program:
     job.reference = program.copy()
     if not job.trains:
         return insert(program, plan)
+    sites = static_sites(program, plan)
     if job.course is None:
         job.course = Course(program.store, plan, job.paces, job.seed)
+    require_calls(sites, program.store.calls)
     live = Live(job.momentum, {fqn: pace.activation for fqn, pace in job.course.paces.items()})
     return on_steps(insert(program, plan, live))
 

@@ -31,6 +31,8 @@ class Compressed(GraphModel):
         travel with the artifact
     """
 
+    NOT_COPIED = (*GraphModel.NOT_COPIED, "_measure", "_differentiable")
+
     def __init__(
         self,
         store: Store,
@@ -55,7 +57,7 @@ class Compressed(GraphModel):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """As for any graph model."""
         other = super().__deepcopy__(memo)
-        other._differentiable = {}
+        other._measure, other._differentiable = self._measure, {}
         return other
 
     def train(self, mode: bool = True) -> Self:

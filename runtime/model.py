@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from .contract import Contract, Key, Signature, bind_call, call_key
 from .errors import CaptureError, DwindleError
@@ -38,6 +39,12 @@ class GraphModel(nn.Module):
     and replays the Plan on it; None where the model is not at hand. Its state_dict has a tied tensor under every
     name, as the model's has, and each of them alone will do when one is loaded.
     """
+
+    # Of an instance's own attributes, those that a copy gets otherwise: torch's tables, and what is made anew.
+    NOT_COPIED: tuple[str, ...] = (
+        *("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_compiled_call_impl"),
+        *("store", "plan", "signature", "variants", "_grow", "_attributes"),
+    )
 
     def __init__(
         self,
@@ -136,7 +143,9 @@ class GraphModel(nn.Module):
         with _GROWING, own_random_state():
             known = self.variants.get(call_key(training, structure))  # of a thread that was here before
             if known is None:
-                known = self._grow(self, training, arguments)
+                # A graph is captured of the values alone: hooks may have made them part of another.
+                given = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), dict(arguments))
+                known = self._grow(self, training, given)
                 self.add(known)
             return known
 
@@ -173,14 +182,13 @@ class GraphModel(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Tensors of its own, and the same graphs on them. What was decided is shared; it never changes."""
         other = self.__new__(type(self))
-        store = copy.deepcopy(self.store, memo)
-        GraphModel.__init__(other, store, self.plan, self.signature, grow=self._grow, attributes=self._attributes)
-        memo[id(self)] = other
-        for name, value in self.__dict__.items():
-            other.__dict__.setdefault(name, value)
-        other.training = self.training
-        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-            other.__dict__[name] = copy.copy(self.__dict__[name])
+        memo[id(self)] = other  # first: hooks and methods that are bound to this model are bound to the copy
+        with torch.inference_mode(False):  # a tensor made in it could never be trained
+            store = copy.deepcopy(self.store, memo)
+            GraphModel.__init__(other, store, self.plan, self.signature, grow=self._grow, attributes=self._attributes)
+            for name, value in self.__dict__.items():
+                if name not in self.NOT_COPIED:
+                    other.__dict__[name] = copy.deepcopy(value, memo)
         for program in self.variants.values():
             other.add(program.copy(store))
         return other

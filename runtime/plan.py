@@ -7,7 +7,7 @@ the one for inference, one captured next week, and the eager module.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .errors import ArtifactError
@@ -33,6 +33,10 @@ class Quantize:
     static: bool = False
     learned: bool = False
     learned_input: bool = False
+
+    def without_activation(self) -> Quantize:
+        """The same for the weight alone."""
+        return replace(self, activation=None, static=False, learned_input=False)
 
 
 Edit = Quantize

@@ -21,12 +21,14 @@ class Store(nn.Module):
     aliases: every other name of a tied tensor -> the name it is stored under.
     forms: what a tensor here is where it is not the model's of that name: one with a batch norm folded in
     borrows: the parameters are somebody else's. adopts: what `adopt` does to a tensor of another store
+    calls: how often a graph calls a weight whose inputs have static ranges, by its name
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.aliases: dict[str, str] = {}
         self.forms: dict[str, str] = {}
+        self.calls: dict[str, int] = {}
         self.borrows = False
         self.adopts: Literal["as it is", "frozen", "cloned"] = "as it is"
 

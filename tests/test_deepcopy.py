@@ -83,7 +83,15 @@ def test_an_exponential_moving_average_of_a_student() -> None:
     assert any(not torch.equal(one[name], two[name]) for name in one)
     average.eval()
     with torch.no_grad():
-        assert average(**inputs)[0].isfinite().all()
+        found = average(**inputs)[0]
+    own: Any = average.module
+    with pytest.raises(dwindle.DwindleError, match="another precision"):
+        own.finish(early=True)
+    own.set_extra_state(student.get_extra_state())
+    small = own.finish(early=True)
+    assert {edit.weight.bits for edit in small.plan} == {now.bits for now in student.course.weights.values()}
+    with torch.no_grad():
+        assert torch.equal(small(**inputs)[0], found)
 
 
 def test_a_copy_keeps_mode_hooks_and_checkpointing_and_follows_nobody() -> None:
@@ -113,3 +121,33 @@ def test_a_copy_of_a_finished_model_is_apart() -> None:
         for tensor in [*other.parameters(), *other.buffers()]:
             tensor.zero_()
         assert torch.equal(small(**inputs)[0], expected)
+
+
+def test_what_is_bound_to_a_model_is_bound_to_its_copy() -> None:
+    x = torch.randn(4, 16, requires_grad=True)
+    student = dwindle.prepare(nn.Linear(16, 8).train(), inputs=x.detach())
+    seen = list[tuple[str, nn.Module]]()
+    student.register_forward_hook(lambda m, args, kwargs, out: seen.append(("call", m)), with_kwargs=True)
+    student.register_full_backward_hook(lambda m, *_: seen.append(("backward", m)))
+    student.register_state_dict_post_hook(lambda m, *_: seen.append(("state", m)))
+    student.notes = [1]
+    student.forward = student.forward
+    student.compile(backend="eager")
+    other = copy.deepcopy(student.eval())
+    other.notes.append(2)
+    assert student.notes == [1]
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    assert not other(x).any()
+    other.train()(x).sum().backward()
+    other.state_dict()
+    assert [name for name, _ in seen] == ["call", "call", "backward", "state"]
+    assert all(m is other for _, m in seen)
+
+
+def test_a_copy_made_in_inference_mode_trains() -> None:
+    student, _, inputs = in_training()
+    with torch.inference_mode():
+        other = copy.deepcopy(student)
+    other.train()(**inputs)[0].sum().backward()

@@ -220,7 +220,7 @@ def test_steps_that_an_optimizer_does_not_take_do_not_count() -> None:
     assert student.course.step == 3
 
 
-def test_learned_scales_train_and_keep_their_range_at_a_drop() -> None:
+def test_learned_scales_train_and_go_by_the_root_of_the_codes_at_a_drop() -> None:
     student = _student(_recipe({**MOQ, "offset": 1}, None, learned=True))
     steps = dict(student.named_parameters())["head.weight_step"]
     before = steps.detach().clone()
@@ -230,7 +230,7 @@ def test_learned_scales_train_and_keep_their_range_at_a_drop() -> None:
     student(**_batch()).loss.backward()
     assert steps.grad.abs().sum() > 0
     student.step()  # 8 -> 7 bits: 127 codes to one side, then 63
-    assert torch.allclose(steps, before * 7 / 63)  # 4 bits have 7 codes to a side; the range stays
+    assert torch.allclose(steps, before * (7 / 63) ** 0.5)  # 4 bits have 7 codes to a side
 
 
 def test_an_adaptive_schedule_meets_its_budget() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -23,6 +24,23 @@ def static_sites(program: Program, edits: Iterable[Quantize]) -> list[Static]:
     return [(s, static[s.fqn]) for s in find_sites(program) if s.fqn in static and s.activation is not None]
 
 
+def require_calls(sites: Sequence[Static], known: dict[str, int]) -> None:
+    """Raise CalibrationError where a weight is called more or less often than in the graph that was first to call it.
+
+    known: how often each is, by its name; new ones are added. Which call is which is told by their order alone, so
+    with another number of them no range could be trusted.
+    """
+    for name, found in Counter(site.name for site, _ in sites).items():
+        taken = known.setdefault(name, found)
+        if taken != found:
+            raise CalibrationError(
+                f"{name} is not called as often as when its static ranges were taken",
+                required=f"{taken} calls",
+                found=f"{found}, in a call of the model with other arguments or in another mode",
+                cure="call the model as then, or choose range 'dynamic'",
+            )
+
+
 def calibrate(
     program: Program, sites: Sequence[Static], batches: Iterable[Sequence[Tensor]], make: MakeObserver
 ) -> None:
@@ -40,11 +58,10 @@ def calibrate(
             observers[node].observe(value)
         return value
 
-    count = 0
+    batch = None
     for batch in batches:
-        count += 1
         watch(program, batch, look)
-    if count == 0:
+    if batch is None:
         raise CalibrationError(
             "calibration data is empty",
             required="at least one batch",

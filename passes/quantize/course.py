@@ -115,6 +115,21 @@ class Course:
         for fqn, target in self.meets.items():
             Gauge(fqn, of_input=True).set(self.store, target, self.inputs[fqn])
 
+    def require_shown(self) -> None:
+        """Raise ScheduleError where the store shows another precision, as one does that buffers were copied into."""
+        gauges = [(Gauge(fqn), target, self.weights[fqn]) for fqn, target in self.targets.items()]
+        gauges += [(Gauge(fqn, of_input=True), target, self.inputs[fqn]) for fqn, target in self.meets.items()]
+        for gauge, target, now in gauges:
+            shown = int(gauge.tensor(self.store, "qmax"))
+            if shown != gauge.levels(target, now):
+                raise ScheduleError(
+                    f"{gauge.fqn} is simulated at another precision than its schedule has",
+                    required=f"codes up to {gauge.levels(target, now)}",
+                    found=f"up to {shown}, in buffers that something else has written",
+                    cure="where this is an average of another student's weights: "
+                    "average.module.set_extra_state(student.get_extra_state())",
+                )
+
     def unsettled(self) -> list[str]:
         """Weights whose schedule is not over, or whose activation is not quantised yet."""
         return [
@@ -150,7 +165,7 @@ class Course:
             if scheme is not None:
                 off = edit.activation is not None and self.inputs[edit.fqn].bits == FULL
                 now = replace(edit, weight=scheme)
-                edits.append(replace(now, activation=None, static=False) if off else now)
+                edits.append(now.without_activation() if off else now)
         return Plan(tuple(edits))
 
     def average_bits(self) -> float:

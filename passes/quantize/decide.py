@@ -240,4 +240,4 @@ def _affordable(model: Reading, use: Use, edit: Quantize) -> Quantize:
     if reason is None:
         return edit
     model.log.append(Entry(stage=STAGE, rule="decide.quantize_activation", where=use.fqn, applied=False, reason=reason))
-    return replace(edit, activation=None, static=False)
+    return edit.without_activation()

@@ -10,9 +10,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import count, takewhile
 
 import torch
 from torch import Tensor, fx, nn
@@ -33,7 +34,7 @@ from ...runtime.program import Program
 from ...runtime.scheme import Scheme
 from ...runtime.store import Store
 from .calibrate import Static, calibrate, static_sites
-from .insert import Met
+from .insert import CALL, SITE, Met
 from .observers import MakeObserver
 from .schedule import FULL, Precision, Schedule
 from .sites import Site, readers
@@ -43,7 +44,6 @@ LIVE = (FAKE_QUANTIZE_LIVE, FAKE_QUANTIZE_RANGED, FAKE_QUANTIZE_LEARNED)
 
 
 PARTS = ("qmax", "mix", "key", "step")
-RANGES = ("range", "step")
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,11 @@ class Gauge:
         assert isinstance(value, Tensor), f"{self(part)} is not stored"
         return value
 
+    def levels(self, target: Scheme, now: Precision) -> int:
+        """The largest code at a precision; 0 where ternary and binary schemes have codes of their own."""
+        own = now.bits == target.bits and target.kind in ("ternary", "binary")
+        return target.qmax if now.bits == FULL else 0 if own else target.at(now.bits).qmax
+
     def place(self, store: Store, device: torch.device) -> None:
         """Put the buffers of a precision into the store, at none; they are no part of a state_dict."""
         for part, value, dtype in (("qmax", 1, torch.int32), ("mix", 1.0, torch.float32), ("key", 0, torch.int64)):
@@ -71,13 +76,15 @@ class Gauge:
 
     @torch.no_grad()
     def set(self, store: Store, target: Scheme, now: Precision) -> None:
-        """Write a precision; a learned scale is stretched so that the range stays."""
+        """Write a precision; a learned scale goes by 1 / sqrt(qmax), as where it begins (LSQ, section 2.1).
+
+        Keeping the range instead leaves nearly nothing: from 8 bits to 4 the first step would be 3.2 mean|w|.
+        """
         qmax, mix = self.tensor(store, "qmax"), self.tensor(store, "mix")
-        own = now.bits == target.bits and target.kind in ("ternary", "binary")
-        levels = target.qmax if now.bits == FULL else 0 if own else target.at(now.bits).qmax
+        levels = self.levels(target, now)
         step = store.get(self("step"))
         if isinstance(step, Tensor) and int(qmax) != levels:
-            step.mul_(int(qmax) / levels)
+            step.mul_(math.sqrt(int(qmax) / levels))
         qmax.fill_(levels)
         mix.fill_(1.0 if now.bits == FULL else now.mix)
 
@@ -119,10 +126,10 @@ def _place_input_step(store: Store, reach: Reach, scheme: Scheme) -> str:
         span = store.get(reach("range"))
         if not isinstance(span, Tensor):
             raise CalibrationError(
-                f"the learned range of the input of {reach.name} has nothing to begin from",
-                required="data",
+                f"the learned range of an input of {reach.name} has nothing to begin from",
+                required="data, of a call of the model that has this input",
                 found="none",
-                cure="prepare(..., data=batches)",
+                cure="prepare(..., inputs=..., data=batches) of such calls, or choose range 'static'",
             )
         store.put(name, nn.Parameter(range_params(span, scheme).scale))
     return name
@@ -175,32 +182,31 @@ class Live:
         if not edit.static:
             return program.emit_alike(FAKE_QUANTIZE_LIVE.overload, x, qmax, mix, None, spelled, like=before)
         if edit.learned_input:
-            step = program.get_attr(canonical(_place_input_step(program.store, reach, edit.activation)), before)
+            step = program.get_attr(_place_input_step(program.store, reach, edit.activation), before)
             args = (step, qmax, mix, True, spelled)
             return program.emit_alike(FAKE_QUANTIZE_LEARNED.overload, x, *args, like=before)
         if program.store.get(reach("range")) is None:
             program.store.put(reach("range"), torch.zeros(2, device=names.tensor(program.store, "mix").device))
-        span = program.get_attr(canonical(reach("range")), before)
+        span = program.get_attr(reach("range"), before)
         if program.contract.training:
             program.emit(OBSERVE_RANGE.overload, span, x, self.momentum, like=before)
         return program.emit_alike(FAKE_QUANTIZE_RANGED.overload, x, span, qmax, mix, spelled, like=before)
 
     def join(self, program: Program, first: Met, second: Met) -> bool:
-        """Where scheme and schedule are alike; the second's precision and range are the first's from then on."""
+        """Where scheme and schedule are alike; the second's precision is the first's from then on.
+
+        Its range is not: in another graph of the model it may meet an input of its own.
+        """
         one, two = first.edit, second.edit
         if (one.activation, one.static, one.learned_input) != (two.activation, two.static, two.learned_input):
             return False
         if self.schedules[one.fqn] != self.schedules[two.fqn]:
             return False
-        _share(program.store, Gauge(one.fqn, of_input=True), Gauge(two.fqn, of_input=True), ("qmax", "mix", "key"))
-        _share(program.store, Reach(first.name, first.call), Reach(second.name, second.call), RANGES)
+        own, theirs = Gauge(one.fqn, of_input=True), Gauge(two.fqn, of_input=True)
+        for part in ("qmax", "mix", "key"):
+            if own(part) != theirs(part):
+                program.store.aliases.setdefault(theirs(part), program.store.canonical(own(part)))
         return True
-
-
-def _share(store: Store, own: Callable[[str], str], theirs: Callable[[str], str], parts: Sequence[str]) -> None:
-    for part in parts:
-        if store.get(own(part)) is not None and own(part) != theirs(part):
-            store.aliases.setdefault(theirs(part), store.canonical(own(part)))
 
 
 def by_row(edit: Quantize, *, alone: bool) -> Scheme | None:
@@ -217,10 +223,13 @@ def by_row(edit: Quantize, *, alone: bool) -> Scheme | None:
 
 
 def place_ranges(
-    program: Program, sites: Sequence[Static], batches: Iterable[Sequence[Tensor]], make: MakeObserver
+    program: Program,
+    sites: Sequence[Static],
+    batches: Iterable[Sequence[Tensor]],
+    make: MakeObserver,
 ) -> None:
     """Ranges of static activations from data, for training to go on from."""
-    probe = program.copy(program.store.fork())
+    probe = program.copy(program.store.fork())  # whose sites have nodes of their own
     calibrate(probe, static_sites(probe, [edit for _, edit in sites]), batches, make)
     for site, edit in sites:
         scale, zero = (probe.store.get(name(site.name, site.call)) for name in (input_scale_name, input_zero_name))
@@ -234,19 +243,45 @@ def place_ranges(
 def gauges(plan: Plan, store: Store) -> set[str]:
     """All names under which training may keep tensors of its own."""
     own = {Gauge(edit.fqn, of_input)(part) for edit in plan for of_input in (False, True) for part in PARTS}
-    return own | {reach(part) for edit in plan for reach in _reaches(store, edit.fqn) for part in RANGES}
+    return own | set(ranges_in((name for name, _ in store.entries()), plan, store))
 
 
-def is_empty(store: Store, fqn: str) -> bool:
-    """Whether nothing was seen yet of the static range of an activation that meets a weight."""
-    return any(unseen(reach.tensor(store, "range")) for reach in _reaches(store, fqn))
+def ranges_in(names: Iterable[str], plan: Plan, store: Store) -> list[str]:
+    """Those of `names` that ranges of the plan's static activations have, learned ones too."""
+    static = {name for edit in plan if edit.static for name in store.names_of(edit.fqn)}
+    return [name for name in names if (found := _RANGE.fullmatch(name)) and found["weight"] in static]
 
 
-def _reaches(store: Store, fqn: str) -> Iterator[Reach]:
-    """Where the ranges of all activations that meet a weight lie."""
-    for name in store.names_of(fqn):
-        reaches = (Reach(name, call) for call in count())
-        yield from takewhile(lambda reach: store.get(reach("range")) is not None, reaches)
+_RANGE = re.compile(r"(?P<weight>.+)_input_(range|step)(_\d+)?")
+
+
+def load_ranges(store: Store, plan: Plan, state: dict[str, Tensor], prefix: str) -> None:
+    """Make the ranges of a saved state and those here the same ones.
+
+    Which there are goes by what was captured so far and by whether data was given.
+    """
+    saved = (name.removeprefix(prefix) for name in state if name.startswith(prefix))
+    for name in ranges_in(saved, plan, store):
+        if store.get(name) is None:
+            store.put(name, torch.zeros_like(state[prefix + name]))
+    for name in ranges_in((n for n, _ in store.entries() if store.is_persistent(n)), plan, store):
+        own = store.get(name)
+        assert isinstance(own, Tensor)
+        state.setdefault(prefix + name, own.detach())
+
+
+def require_seen(program: Program, plan: Plan) -> None:
+    """Raise CalibrationError where a graph reads static ranges that nothing was seen of."""
+    reads = [str(node.target) for node in program.graph.nodes if node.op == "get_attr"]
+    spans = {name: program.store.get(name) for name in ranges_in(reads, plan, program.store)}
+    empty = [name for name, span in spans.items() if isinstance(span, Tensor) and span.dim() and unseen(span)]
+    if empty:
+        raise CalibrationError(
+            f"{len(empty)} static ranges have seen nothing yet",
+            required="a call in training mode, or data",
+            found=f"eval mode before either, for {empty[0].partition('_input_range')[0]}",
+            cure="prepare(..., data=batches), or train first, or choose range 'dynamic'",
+        )
 
 
 def unseen(span: Tensor) -> bool:
@@ -261,6 +296,7 @@ def floating(program: Program, plan: Plan) -> Program:
     """
     plain = program.copy(program.store.fork())
     as_values(plain)
+    _put_input_scales(plain, {edit.fqn: edit for edit in plan if edit.static})
     for node in plain.calls(*(op.overload for op in LIVE)):
         float_value = node.args[0]
         assert isinstance(float_value, fx.Node)
@@ -270,23 +306,31 @@ def floating(program: Program, plan: Plan) -> Program:
         plain.graph.erase_node(node)
     plain.tidy()
     for edit in plan:
-        _put_scales(plain.store, edit)
+        if edit.learned:
+            step = Gauge(edit.fqn).tensor(plain.store, "step")
+            plain.store.put(weight_scale_name(edit.fqn), learned_scale(step.detach()))
     return plain
 
 
-def _put_scales(store: Store, edit: Quantize) -> None:
-    if edit.learned:
-        step = Gauge(edit.fqn).tensor(store, "step")
-        store.put(weight_scale_name(edit.fqn), learned_scale(step.detach()))
-    if edit.static and edit.activation is not None:
-        for reach in _reaches(store, edit.fqn):
-            if edit.learned_input:
-                params = Params(learned_scale(reach.tensor(store, "step").detach()))
-            else:
-                params = observed(reach.tensor(store, "range"), edit.activation, reach.name)
-            store.put(input_scale_name(reach.name, reach.call), params.scale)
-            if params.zero_point is not None:
-                store.put(input_zero_name(reach.name, reach.call), params.zero_point)
+def _put_input_scales(plain: Program, static: Mapping[str, Quantize]) -> None:
+    """For every call the scale of the range that it really reads, which may be that of a call beside it."""
+    for node in plain.graph.nodes:
+        x = node.args[0] if SITE in node.meta and node.args else None
+        edit = static.get(node.meta[SITE][0]) if isinstance(x, fx.Node) else None
+        if edit is None or not isinstance(x, fx.Node) or edit.activation is None:
+            continue
+        if x.target not in (FAKE_QUANTIZE_RANGED.overload, FAKE_QUANTIZE_LEARNED.overload):
+            continue
+        name, call = node.meta[CALL]
+        held = plain.store.get(str(x.args[1].target)) if isinstance(x.args[1], fx.Node) else None
+        assert isinstance(held, Tensor)
+        if edit.learned_input:
+            params = Params(learned_scale(held.detach()))
+        else:
+            params = observed(held, edit.activation, name)
+        plain.store.put(input_scale_name(name, call), params.scale)
+        if params.zero_point is not None:
+            plain.store.put(input_zero_name(name, call), params.zero_point)
 
 
 def observed(span: Tensor, scheme: Scheme, fqn: str) -> Params:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import count
 
 import torch
 from torch import fx
@@ -25,7 +26,8 @@ class Site:
     fqn: the weight's stored name; transposed: the call reads it as `w.t()` (GPT-2's Conv1D keeps (K, N))
     weight: the node that gives the weight as the call takes it; path: module the call came from
     name: the weight's own name in that module, where it has several
-    call: which of the inputs that meet it under that name, in graph order: alike in every variant
+    call: which of the calls that read it under that name, in graph order; variants with other numbers of calls are
+        refused where it matters (`calibrate.require_calls`)
     """
 
     node: fx.Node
@@ -81,11 +83,8 @@ _CALLS = (
 def find_sites(program: Program) -> list[Site]:
     """All sites, in graph order."""
     sites = [site for node in program.graph.nodes if (site := _site(program, node)) is not None]
-    met: dict[str, list[fx.Node]] = defaultdict(list)
-    for site in sites:
-        if site.activation is not None and site.activation not in met[site.name]:
-            met[site.name].append(site.activation)
-    return [s if s.activation is None else replace(s, call=met[s.name].index(s.activation)) for s in sites]
+    calls: dict[str, Iterator[int]] = defaultdict(count)
+    return [s if s.activation is None else replace(s, call=next(calls[s.name])) for s in sites]
 
 
 def readers(program: Program, fqn: str) -> Iterator[fx.Node]:
