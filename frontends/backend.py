@@ -72,6 +72,13 @@ def _options(
             found=recipe.name or "static activations",
             cure="dwindle.compress(model, recipe, data=[...])",
         )
+    if recipe.prune:  # torch.compile keeps the shapes of the model's tensors
+        raise RecipeError(
+            "torch.compile cannot prune",
+            required="a recipe without prune",
+            found=f"{len(recipe.prune)} pruning rules",
+            cure="dwindle.compress(model, recipe)",
+        )
     return recipe, INNER[settings["inner"]]
 
 

@@ -168,8 +168,17 @@ def compress(
 
 
 @app.command()
-def inspect(model: Model, recipe: RecipeName = "zeroquant-w8a8", as_json: AsJson = False, debug: Debug = False) -> None:
-    """Show what an artifact is, or what a recipe would do to a model."""
+def inspect(
+    model: Model,
+    recipe: RecipeName = "zeroquant-w8a8",
+    groups: Annotated[bool, typer.Option("--groups", help="What pruning would cut together, and why.")] = False,
+    graph: Annotated[
+        Path | None, typer.Option(help="Write the groups as .svg, .dot or .graphml.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show what an artifact is, or what a recipe would do to a model, or its groups for pruning."""
     from .models import is_artifact, load_source
     from .progress import steps
 
@@ -181,6 +190,17 @@ def inspect(model: Model, recipe: RecipeName = "zeroquant-w8a8", as_json: AsJson
         files = {file.name: file.stat().st_size for file in sorted(Path(model).iterdir()) if file.is_file()}
         plain = {"variants": small.describe_variants(), "files": files, **small.report().to_json()}
         _show(as_json, lambda: plain, small.report(), _facts(small.describe_variants(), files))
+        return
+    if groups or graph is not None:
+        from .coupling import couple
+
+        with steps() as stage, _quiet_libraries():
+            with stage.step(f"Loading {Path(model).name}"):
+                source = load_source(model)
+            with stage.step("Capturing"):
+                coupled = couple(source.model, source.inputs)
+        wrote = [] if graph is None else [Text(f"Wrote {coupled.write(graph)}")]
+        _show(as_json, coupled.to_json, coupled, *wrote)
         return
     from .survey import survey
 

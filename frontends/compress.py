@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..passes.certify import certify, lowering_error, rounding, tensor_sizes
@@ -66,6 +67,7 @@ def compress(
 
     batches = calibration_batches(captured, signature, recipe, data)
     job = Job(rules=rules, target=target, batches=batches, observer=recipe.calibration.observer)
+    job.prunes, job.inputs = recipe.prunes(), proof_inputs(captured, tensors)
     driver = prepared(captured, tensors, job)
     require_effect(rules, job.plan, captured.log)
     program, lowering, output = finish(driver, tensors, job)
@@ -176,6 +178,17 @@ def verification_inputs(program: Program, signature: Signature, arguments: Mappi
             if name == "batch":
                 tensors[i] = tensors[i].narrow(dim, 0, min(2, tensors[i].shape[dim]))
     return tensors
+
+
+def proof_inputs(program: Program, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The example, and one example more where the batch may vary: a cut is proved at both sizes."""
+    more = list(tensors)
+    for i, spec in enumerate(program.contract.inputs):
+        for dim, name in enumerate(spec.shape):
+            if name == "batch":
+                more[i] = torch.cat([more[i], more[i].narrow(dim, 0, 1)], dim)
+    same = all(a is b for a, b in zip(more, tensors, strict=True))
+    return [list(tensors)] if same else [list(tensors), more]
 
 
 def forwarded(model: nn.Module) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, field_validator
 
+from ..passes.prune.decide import PruneRule
 from ..passes.quantize.decide import QuantizeRule
 from ..runtime.errors import MissingDependencyError, RecipeError, SchemeError
 from .deepspeed.config import DeepSpeedConfig
@@ -25,6 +26,7 @@ from .settings import (
     AdaptiveSettings,
     Calibration,
     DistillSettings,
+    PruneEntry,
     QuantizeEntry,
     ScheduleSettings,
     SensitivitySettings,
@@ -44,6 +46,7 @@ class Recipe(Strict):
     """
 
     name: str = ""
+    prune: tuple[PruneEntry, ...] = ()
     quantize: tuple[QuantizeEntry, ...] = ()
     calibration: Calibration = Calibration()
     schedule: ScheduleSettings | None = None
@@ -88,6 +91,15 @@ class Recipe(Strict):
     def rules(self) -> tuple[QuantizeRule, ...]:
         """The quantisation rules as the pass takes them."""
         return tuple(entry.rule(self.schedule) for entry in self.quantize)
+
+    def prunes(self) -> tuple[PruneRule, ...]:
+        """The pruning rules as the pass takes them."""
+        return tuple(entry.rule(self.seed) for entry in self.prune)
+
+    @field_validator("prune", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, Mapping) else value
 
     def adaptive(self) -> AdaptiveSettings | None:
         """The adaptive schedule, of which a recipe has at most one."""

@@ -22,7 +22,7 @@ from ..passes.quantize.course import Course, Drop
 from ..passes.quantize.live import gauges, load_ranges, require_seen
 from ..runtime.compressed import Compressed
 from ..runtime.contract import Key, Signature
-from ..runtime.errors import ScheduleError
+from ..runtime.errors import RecipeError, ScheduleError
 from ..runtime.model import GraphModel
 from ..runtime.plan import Plan
 from ..runtime.program import Program
@@ -289,6 +289,13 @@ def prepare(
     those that `data` gives on.
     """
     recipe = Recipe.of(recipe)
+    if recipe.prune:
+        raise RecipeError(
+            "pruning while a model trains is not there yet",
+            required="a recipe without prune",
+            found=f"{len(recipe.prune)} pruning rules",
+            cure="compress(model, recipe) prunes at once; train its result's weights in the model itself",
+        )
     require_original(model)
     arguments = as_arguments(model, inputs)
     signature = Signature.of(model)
@@ -302,7 +309,7 @@ def prepare(
     program = prepared(first, tensors, job).program
     require_effect(job.rules, job.plan, first.log)
     plan = job.plan or Plan()
-    course = job.course or Course(store, plan, {}, recipe.seed)
+    course = job.course or Course(store, plan.quantizations, {}, recipe.seed)
 
     def grow(student: GraphModel, training: bool, call: Mapping[str, Any]) -> Program:
         assert isinstance(student, Student)

@@ -50,7 +50,14 @@ def transplant(small: Compressed, model: nn.Module, *, inputs: Any = None) -> nn
             found=type(small).__name__,
             cure="student.finish()" if isinstance(small, GraphModel) else None,
         )
-    edits = [edit for edit in small.plan if isinstance(edit, Quantize)]
+    if small.plan.slices:
+        raise TransplantError(
+            "the eager model cannot be pruned yet",
+            required="a plan that quantises and does not cut",
+            found=f"{len(small.plan.slices)} cuts",
+            cure="call the compressed model itself",
+        )
+    edits = small.plan.quantizations
     unfit = sorted({e.fqn for e in edits if not _expressible(model, small.store.names_of(e.fqn), e.operator)})
     unfit += sorted({e.fqn for e in edits if e.operator == "conv2d" and _folds(small)})
     if unfit:

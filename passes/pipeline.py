@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from ..runtime.errors import CalibrationError
-from ..runtime.plan import Plan, Quantize, input_scale_name, input_zero_name
+from ..runtime.plan import Plan, Slice, input_scale_name, input_zero_name
 from ..runtime.program import Program
 from ..runtime.store import Store
 from .canonicalize import TO_LINEAR, canonicalize
@@ -20,6 +20,11 @@ from .certify import require_real
 from .driver import Driver, Pass
 from .fold import fold_batch_norm, fold_constants
 from .lower import lower
+from .prune.decide import PruneRule, accepted, chosen
+from .prune.sliced import record, sliced
+from .prune.slices import leaves_of, slices_of
+from .prune.transfer import rule_of
+from .prune.walk import Walk
 from .quantize.calibrate import calibrate, require_calls, static_sites
 from .quantize.course import Course
 from .quantize.decide import Pace, QuantizeRule, decide
@@ -34,6 +39,8 @@ from .rewrite import apply_rules
 class Job:
     """What passes need beyond the program, and what deciding passes decide.
 
+    prunes: pruning rules; slices: the cuts that they come to, None until decided
+    inputs: flat examples, on which a cut is proved
     plan: None until decided; given when a Plan is replayed on another variant
     target: the store of the finished model, which also keeps calibrated ranges between variants
     batches: flat inputs for calibration, asked for only where something is static; training may go without
@@ -45,6 +52,9 @@ class Job:
     """
 
     rules: Sequence[QuantizeRule] = ()
+    prunes: Sequence[PruneRule] = ()
+    slices: tuple[Slice, ...] | None = None
+    inputs: Sequence[Sequence[Tensor]] = ()
     plan: Plan | None = None
     target: Store = field(default_factory=Store)
     batches: Callable[[], Iterable[Sequence[Tensor]]] | None = None
@@ -59,7 +69,7 @@ class Job:
     def wants(self, operator: str) -> bool:
         """Whether anything quantises this operator, so that approximate rules for it are worth their rounding."""
         if self.plan is not None:
-            return any(isinstance(e, Quantize) and e.operator == operator for e in self.plan)
+            return any(edit.operator == operator for edit in self.plan.quantizations)
         return any(operator in rule.operators and rule.weight is not None for rule in self.rules)
 
 
@@ -81,6 +91,20 @@ def _fold_constants(program: Program, job: Job) -> Program:
     return fold_constants(program)
 
 
+def _prune(program: Program, job: Job) -> Program:
+    """Decided once, and replayed on further variants."""
+    program.tidy()
+    walk = Walk.over(program, rule_of)
+    if job.plan is None:
+        kept = accepted(walk, chosen(walk, job.prunes), job.inputs)
+        job.slices = tuple(slices_of(walk, kept))
+    else:
+        kept = leaves_of(walk, job.plan.slices)
+    sliced(program, walk, kept)
+    record(program)
+    return program
+
+
 def _linearize(program: Program, job: Job) -> Program:
     apply_rules(program, TO_LINEAR, "linearize")
     return program
@@ -92,13 +116,13 @@ def _decide(program: Program, job: Job) -> Program:
         job.paces = {edit.fqn: pace for edit, pace in decided.items()}
         # Without training nothing is learned.
         edits = decided if job.trains else [replace(edit, learned=False, learned_input=False) for edit in decided]
-        job.plan = Plan(tuple(edits))
+        job.plan = Plan((*(job.slices or ()), *edits))
     return program
 
 
 def _calibrate(program: Program, job: Job) -> Program:
     """Ranges are calibrated once; later variants read them from the finished store."""
-    sites = static_sites(program, job.plan or ())
+    sites = static_sites(program, (job.plan or Plan()).quantizations)
     if job.trains:
         assert job.batches is not None
         place_ranges(program, sites, job.batches(), job.observer)
@@ -131,9 +155,9 @@ def _insert(program: Program, job: Job) -> Program:
     job.reference = program.copy()
     if not job.trains:
         return insert(program, plan)
-    sites = static_sites(program, plan)
+    sites = static_sites(program, plan.quantizations)
     if job.course is None:
-        job.course = Course(program.store, plan, job.paces, job.seed)
+        job.course = Course(program.store, plan.quantizations, job.paces, job.seed)
     require_calls(sites, program.store.calls)
     live = Live(job.momentum, {fqn: pace.activation for fqn, pace in job.course.paces.items()})
     return on_steps(insert(program, plan, live))
@@ -147,13 +171,14 @@ def _settle(program: Program, job: Job) -> Program:
 
 
 def _lower(program: Program, job: Job) -> Program:
-    lowered = lower(program, tuple(job.plan or ()), job.target)
+    lowered = lower(program, (job.plan or Plan()).quantizations, job.target)
     require_real(lowered)
     return lowered
 
 
 PREPARE: tuple[Stage, ...] = (
     Stage(name="canonicalize", run=lambda program, job: canonicalize(program), exact=True),
+    Stage(name="prune", run=_prune, needed=lambda program, job: bool(job.plan.slices if job.plan else job.prunes)),
     # A student's buffers change as it trains.
     Stage(name="fold_constants", run=_fold_constants, needed=lambda program, job: not job.trains, exact=True),
     Stage(name="linearize", run=_linearize, needed=lambda program, job: job.wants("linear"), limit=1e-3),
@@ -170,7 +195,7 @@ PREPARE: tuple[Stage, ...] = (
         needed=lambda program, job: not job.trains or job.batches is not None,
         exact=True,
     ),
-    Stage(name="insert", run=_insert, needed=lambda program, job: bool(job.plan)),
+    Stage(name="insert", run=_insert, needed=lambda program, job: bool(job.plan and job.plan.quantizations)),
 )
 
 # After training: the plan as it is now in place of what schedules moved.

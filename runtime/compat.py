@@ -12,7 +12,12 @@ from typing import Any, cast
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -64,6 +69,10 @@ def fake_tensor(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
 def record_values(module: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
     """Write `meta["val"]` on every node, as it is for inputs of this shape; nothing is computed."""
     FakeTensorProp(module, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*inputs)
+
+
+# Raised where a graph's sizes go by the values of its tensors.
+DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 @contextlib.contextmanager

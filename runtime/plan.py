@@ -39,8 +39,18 @@ class Quantize:
         return replace(self, activation=None, static=False, learned_input=False)
 
 
-Edit = Quantize
-EDITS: tuple[type[Edit], ...] = (Quantize,)
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """Take indices out of dimension `dim` of stored tensor `fqn`, which has `size` of them before."""
+
+    fqn: str
+    dim: int
+    size: int
+    removed: tuple[int, ...]
+
+
+Edit = Quantize | Slice
+EDITS: tuple[type[Quantize] | type[Slice], ...] = (Slice, Quantize)
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,16 @@ class Plan:
             if isinstance(edit, Quantize) and edit.fqn == fqn and edit.operator == operator:
                 return edit
         return None
+
+    @property
+    def slices(self) -> tuple[Slice, ...]:
+        """All cuts."""
+        return tuple(edit for edit in self.edits if isinstance(edit, Slice))
+
+    @property
+    def quantizations(self) -> tuple[Quantize, ...]:
+        """All quantisations."""
+        return tuple(edit for edit in self.edits if isinstance(edit, Quantize))
 
     def to_json(self) -> list[dict[str, Any]]:
         """Plain data, one object an edit."""
@@ -104,6 +124,7 @@ def _edit(item: dict[str, Any]) -> Edit:
     for cls in EDITS:
         if cls.__name__ == kind:
             schemes = {k: Scheme(**v) for k, v in item.items() if isinstance(v, dict)}
-            return cls(**{**item, **schemes})
+            lists = {k: tuple(v) for k, v in item.items() if isinstance(v, list)}
+            return cls(**{**item, **schemes, **lists})
     known = ", ".join(cls.__name__ for cls in EDITS)
     raise ArtifactError("unknown edit in a plan", required=known, found=kind, cure="update dwindle")

@@ -195,7 +195,8 @@ def attach(model: nn.Module, recipe: Recipe) -> None:
             readers[use.fqn].append(module)
             chosen.append((module, edit))
     twins = {fqn.rpartition(".")[0]: found[0] for fqn, found in readers.items()}
-    course = Course(Places(model, twins), plan, {edit.fqn: pace for edit, pace in paces.items()}, recipe.seed)
+    schedules = {edit.fqn: pace for edit, pace in paces.items()}
+    course = Course(Places(model, twins), plan.quantizations, schedules, recipe.seed)
     steering = InPlace(model, recipe, readers, course)
     for i, (module, edit) in enumerate(chosen):
         simulation = Simulation.of(edit, alone=len(readers[edit.fqn]) == 1, momentum=recipe.calibration.momentum)

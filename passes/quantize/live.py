@@ -242,13 +242,14 @@ def place_ranges(
 
 def gauges(plan: Plan, store: Store) -> set[str]:
     """All names under which training may keep tensors of its own."""
-    own = {Gauge(edit.fqn, of_input)(part) for edit in plan for of_input in (False, True) for part in PARTS}
+    edits = plan.quantizations
+    own = {Gauge(edit.fqn, of_input)(part) for edit in edits for of_input in (False, True) for part in PARTS}
     return own | set(ranges_in((name for name, _ in store.entries()), plan, store))
 
 
 def ranges_in(names: Iterable[str], plan: Plan, store: Store) -> list[str]:
     """Those of `names` that ranges of the plan's static activations have, learned ones too."""
-    static = {name for edit in plan if edit.static for name in store.names_of(edit.fqn)}
+    static = {name for edit in plan.quantizations if edit.static for name in store.names_of(edit.fqn)}
     return [name for name in names if (found := _RANGE.fullmatch(name)) and found["weight"] in static]
 
 
@@ -296,7 +297,7 @@ def floating(program: Program, plan: Plan) -> Program:
     """
     plain = program.copy(program.store.fork())
     as_values(plain)
-    _put_input_scales(plain, {edit.fqn: edit for edit in plan if edit.static})
+    _put_input_scales(plain, {edit.fqn: edit for edit in plan.quantizations if edit.static})
     for node in plain.calls(*(op.overload for op in LIVE)):
         float_value = node.args[0]
         assert isinstance(float_value, fx.Node)
@@ -305,7 +306,7 @@ def floating(program: Program, plan: Plan) -> Program:
     for node in plain.calls(OBSERVE_RANGE.overload):
         plain.graph.erase_node(node)
     plain.tidy()
-    for edit in plan:
+    for edit in plan.quantizations:
         if edit.learned:
             step = Gauge(edit.fqn).tensor(plain.store, "step")
             plain.store.put(weight_scale_name(edit.fqn), learned_scale(step.detach()))

@@ -1,0 +1,122 @@
+"""What to prune: rules over groups become the indices that stay, proven before they are taken."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from ...runtime.errors import RecipeError
+from ...runtime.program import Entry
+from . import cost
+from .axes import Atom
+from .choose import Cost, local, to_target
+from .groups import KINDS, Group, Kind, find_groups
+from .keep import Kept
+from .proof import LIMIT, proven
+from .score import Method, score
+from .walk import Walk
+
+STAGE = "prune"
+Target = Literal["params", "flops", "bytes"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneRule:
+    """Which groups lose how much.
+
+    ratio: of each group's indices; or target: of the whole model's params, flops or bytes, what may be left
+    kinds: heads, rows, channels, hidden, experts; modules: globs over the paths of the modules that a group cuts
+    inner: also what lies inside another prunable atom, such as the size of a head
+    multiple: of it widths are; least: groups with fewer indices stay
+    """
+
+    ratio: float = 0.0
+    target: tuple[Target, float] | None = None
+    kinds: tuple[Kind, ...] = KINDS
+    modules: tuple[str, ...] = ("*",)
+    score: Method = "l2"
+    inner: bool = False
+    multiple: int = 1
+    least: int = 2
+    seed: int = 0
+
+    def selects(self, group: Group) -> bool:
+        """Whether a group is meant: every rule takes a group whole."""
+        if group.kind not in self.kinds or not (group.outermost or self.inner) or group.size < self.least:
+            return False
+        owners = {cut.name.rpartition(".")[0] for cut in group.cuts}
+        return any(fnmatch.fnmatchcase(owner, glob) for owner in owners for glob in self.modules)
+
+
+def chosen(walk: Walk, rules: Sequence[PruneRule], gradients: Mapping[str, Tensor] | None = None) -> dict[Atom, Tensor]:
+    """What is kept of each leaf that loses something. Raises RecipeError for a rule that selects nothing."""
+    groups = find_groups(walk)
+    taken: dict[PruneRule, list[Group]] = defaultdict(list)
+    for group in groups:
+        rule = next((rule for rule in reversed(rules) if rule.selects(group)), None)
+        if rule is not None and not group.reason:
+            taken[rule].append(group)
+    kept: dict[Atom, Tensor] = {}
+    for rule in rules:
+        own = taken[rule]
+        if not own:
+            raise _nothing(rule, groups)
+        scores = {g.leaf: score(walk, g, rule.score, gradients, rule.seed) for g in own}
+        if rule.target is None:
+            kept |= local(own, scores, rule.ratio, rule.multiple)
+        else:
+            measure, left = rule.target
+            kept |= to_target(own, scores, _cost(walk, measure), left, rule.multiple)
+    return kept
+
+
+def _cost(walk: Walk, measure: Target) -> Cost:
+    if measure == "flops":
+        products = cost.products(walk)
+        return lambda of: cost.flops(products, of)
+    return (lambda of: cost.numbers(walk, of)) if measure == "params" else (lambda of: cost.nbytes(walk, of))
+
+
+def _nothing(rule: PruneRule, groups: Sequence[Group]) -> RecipeError:
+    meant = [group for group in groups if rule.selects(group)]
+    reasons = sorted({f"{group.name}: {group.reason}" for group in meant if group.reason})
+    found = sorted({group.kind for group in groups if not group.reason})
+    return RecipeError(
+        "a pruning rule finds nothing to prune",
+        required=f"groups of {', '.join(rule.kinds)} in modules {', '.join(rule.modules)}",
+        found="; ".join(reasons[:5]) or f"groups of {', '.join(found) or 'no kind'}",
+        cure="`dwindle inspect MODEL --groups` lists all groups, and why some stay",
+    )
+
+
+def accepted(walk: Walk, kept: Kept, batches: Sequence[Sequence[Tensor]]) -> dict[Atom, Tensor]:
+    """Of what was chosen, all for which the masked graph equals the sliced one; the others are logged and stay.
+
+    All are tried at once; where that fails halves are, so that one wrong group costs a few runs and not one each.
+    """
+    if not kept or proven(walk, kept, batches) <= LIMIT:
+        return dict(kept)
+    if len(kept) == 1:
+        _decline(walk, kept, f"masked and sliced differ by {proven(walk, kept, batches):.2g}")
+        return {}
+    items = list(kept.items())
+    middle = len(items) // 2
+    halves = [accepted(walk, dict(part), batches) for part in (items[:middle], items[middle:])]
+    both = {**halves[0], **halves[1]}
+    if proven(walk, both, batches) <= LIMIT:
+        return both
+    smaller, larger = sorted(halves, key=len)
+    _decline(walk, smaller, "right alone, but not together with others")
+    return larger
+
+
+def _decline(walk: Walk, kept: Kept, reason: str) -> None:
+    for group in find_groups(walk):
+        if group.leaf in kept:
+            entry = Entry(stage=STAGE, rule="prune.proof", where=group.name, applied=False, reason=reason)
+            walk.program.log.append(entry)

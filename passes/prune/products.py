@@ -1,0 +1,270 @@
+"""Transfer rules of calls that sum over an axis: products, convolutions, norms, reductions, attention.
+
+A sum over an axis is an ending: there a cut index must count for nothing, so one operand reads zero at it. A mean, a
+norm or a softmax over an axis is one too: it takes its statistic from the indices that are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+
+from .axes import Axis, size
+from .walk import Axes, Rule, Walk
+
+Args = Sequence[Any]
+
+
+def linear(walk: Walk, node: fx.Node, args: Args) -> Axes:
+    """x (..., K) @ w (N, K) + b (N,)."""
+    x, w, b = args
+    walk.space.tie(walk[x][-1], walk[w][1])
+    if b is not None:
+        walk.space.tie(walk[w][0], walk[b][0])
+    walk.end(node, 0, -1)
+    return [*walk[x][:-1], walk[w][0]]
+
+
+def matmul(walk: Walk, node: fx.Node, args: Args) -> Axes:
+    """(..., M, K) @ (..., K, N), either operand a vector too."""
+    return _product(walk, node, walk[args[0]], walk[args[1]], 0)
+
+
+def addmm(walk: Walk, node: fx.Node, args: Args) -> Axes:
+    """b + x @ w."""
+    return walk.broadcast(walk[args[0]], _product(walk, node, walk[args[1]], walk[args[2]], 1))
+
+
+def _product(walk: Walk, node: fx.Node, x: Axes, w: Axes, argument: int) -> Axes:
+    rows, columns = x[-2:-1], w[-1:] if len(w) > 1 else []
+    walk.space.tie(x[-1], w[-2] if len(w) > 1 else w[0])
+    walk.end(node, argument, -1)
+    outer = walk.broadcast(x[:-2], w[:-2])
+    walk.role("heads", *outer)
+    return [*outer, *rows, *columns]
+
+
+def einsum(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """One axis a letter; letters that the result lacks are summed over."""
+    equation, operands = str(args[0]).replace(" ", ""), args[1]
+    if "..." in equation or "->" not in equation:
+        return walk.unknown(node)
+    left, right = equation.split("->")
+    letters: dict[str, Axis] = {}
+    for position, (term, operand) in enumerate(zip(left.split(","), operands, strict=True)):
+        for dim, letter in enumerate(term):
+            axis = walk[operand][dim]
+            if size(letters.get(letter, ())) == 1:
+                letters[letter] = axis
+            elif size(axis) != 1:
+                walk.space.tie(letters[letter], axis)
+            if letter not in right and letter not in "".join(left.split(",")[:position]):
+                walk.end(node, 1, dim, index=position)
+    return [letters[letter] for letter in right]
+
+
+def convolution(spatial: int) -> Rule:
+    """x (B, C, *space) with w (O, C / groups, *space); grouped: C = [g, i], O = [g, o]."""
+
+    def rule(walk: Walk, node: fx.Node, args: Args) -> Axes:
+        x, w, b, groups = args[0], args[1], args[2], int(args[6])
+        channels, out = walk[x][-spatial - 1], walk[w][0]
+        for axis in (*walk[x][-spatial:], *walk[w][2:]):
+            walk.space.freeze(axis, f"{node.name}: a convolution moves along it")
+        if groups == 1:
+            walk.space.tie(channels, walk[w][1])
+        else:
+            out = _grouped(walk, groups, channels, walk[w][1], out)
+            walk.size(node, 6, out[:1])
+        if b is not None:
+            walk.space.tie(walk[w][0], walk[b][0])
+        walk.end(node, 0, -spatial - 1)
+        walk.role("channels", channels, walk[w][0])
+        return [*walk[x][: -spatial - 1], walk[w][0], *_space(walk, node, spatial)]
+
+    return rule
+
+
+def _grouped(walk: Walk, groups: int, channels: Axis, inner: Axis, out: Axis) -> Axis:
+    """Tie C = [g, i] and O = [g, o]; gives [g]."""
+    g = walk.space.axis(groups)
+    walk.space.tie(channels, (*g, *inner))
+    walk.space.tie(out, (*g, *walk.space.axis(size(out) // groups)))
+    return g
+
+
+def convolution_transposed(spatial: int) -> Rule:
+    """x (B, C, *space) with w (C, O / groups, *space)."""
+
+    def rule(walk: Walk, node: fx.Node, args: Args) -> Axes:
+        x, w, b, groups = args[0], args[1], args[2], int(args[6])
+        channels, inner = walk[x][-spatial - 1], walk[w][1]
+        for axis in (*walk[x][-spatial:], *walk[w][2:]):
+            walk.space.freeze(axis, f"{node.name}: a convolution moves along it")
+        walk.space.tie(channels, walk[w][0])
+        out = inner
+        if groups > 1:
+            g = walk.space.axis(groups)
+            walk.space.tie(channels, (*g, *walk.space.axis(size(channels) // groups)))
+            out = (*g, *inner)
+            walk.size(node, 6, g)
+        if b is not None:
+            walk.space.tie(out, walk[b][0])
+        walk.end(node, 0, -spatial - 1)
+        return [*walk[x][: -spatial - 1], out, *_space(walk, node, spatial)]
+
+    return rule
+
+
+def _space(walk: Walk, node: fx.Node, spatial: int) -> Axes:
+    return [walk.space.axis(n, f"{node.name}: space") for n in walk.shape(node)[-spatial:]]
+
+
+def embedding(walk: Walk, node: fx.Node, args: Args) -> Axes:
+    """Rows of w (V, D) by index."""
+    w, indices = args[0], args[1]
+    walk.space.freeze(walk[w][0], f"{node.name}: rows are looked up by number")
+    return [*walk[indices], walk[w][1]]
+
+
+def batch_norm(walk: Walk, node: fx.Node, args: Args) -> Axes:
+    """One statistic a channel; in training it is taken over the other dimensions."""
+    x, *each, training = args[:6]
+    for other in each:
+        if other is not None:
+            walk.space.tie(walk[x][1], walk[other][0])
+    if training:
+        for dim in range(len(walk[x])):
+            if dim != 1:
+                walk.end(node, 0, dim, "batch_norm")
+    return walk[x]
+
+
+def layer_norm(walk: Walk, node: fx.Node, args: Args) -> Axes:
+    """Over the last dimensions, with weights of their shape."""
+    return _norm_of_last(walk, node, args, "layer_norm", (2, 3))
+
+
+def rms_norm(walk: Walk, node: fx.Node, args: Args) -> Axes:
+    """Over the last dimensions, with a weight of their shape."""
+    return _norm_of_last(walk, node, args, "rms_norm", (2,))
+
+
+def _norm_of_last(walk: Walk, node: fx.Node, args: Args, how: Any, weights: tuple[int, ...]) -> Axes:
+    x, depth = walk[args[0]], len(args[1])
+    for position in weights:
+        if args[position] is not None:
+            walk.broadcast(x[-depth:], walk[args[position]])
+    for i in range(depth):
+        walk.size(node, 1, x[i - depth], i)
+        walk.end(node, 0, i - depth, how)
+    return x
+
+
+def group_norm(walk: Walk, node: fx.Node, args: Args) -> Axes:
+    """x (B, C, *space), C = [g, i]: over i and space."""
+    x, groups = walk[args[0]], int(args[1])
+    for other in args[2:4]:
+        if other is not None:
+            walk.space.tie(x[1], walk[other][0])
+    g = walk.space.axis(groups)
+    walk.space.tie(x[1], (*g, *walk.space.axis(size(x[1]) // groups)))
+    walk.size(node, 1, g)
+    walk.end(node, 0, 1, "group_norm")
+    for axis in x[2:]:
+        walk.space.freeze(axis, f"{node.name}: a statistic over it")
+    return x
+
+
+def instance_norm(walk: Walk, node: fx.Node, args: Args) -> Axes:
+    """x (B, C, *space): over space."""
+    x = walk[args[0]]
+    for other in args[1:5]:
+        if other is not None:
+            walk.space.tie(x[1], walk[other][0])
+    for axis in x[2:]:
+        walk.space.freeze(axis, f"{node.name}: a statistic over it")
+    return x
+
+
+def reduction(how: Any, dims_at: int | None, keep_at: int | None) -> Rule:
+    """A sum or mean over `dims`, all of them where there are none."""
+
+    def rule(walk: Walk, node: fx.Node, args: Args) -> Axes:
+        x = walk[args[0]]
+        dims = _dims(args[dims_at] if dims_at is not None else None, len(x))
+        for dim in dims:
+            walk.end(node, 0, dim - len(x), how)
+        return _reduced(x, dims, keep=keep_at is not None and bool(args[keep_at]))
+
+    return rule
+
+
+def extreme(dims_at: int | None, keep_at: int | None) -> Rule:
+    """What depends on an order or on all values along `dims`: they are frozen."""
+
+    def rule(walk: Walk, node: fx.Node, args: Args) -> Any:
+        x = walk[args[0]]
+        dims = _dims(args[dims_at] if dims_at is not None else None, len(x))
+        for dim in dims:
+            walk.space.freeze(x[dim], f"{node.name}: it looks at all of it")
+        made = _reduced(x, dims, keep=keep_at is not None and bool(args[keep_at]))
+        value = walk.values[node]
+        return [made for _ in value] if isinstance(value, list | tuple) else made
+
+    return rule
+
+
+def _dims(dims: Any, depth: int) -> list[int]:
+    if dims is None or dims == []:
+        return list(range(depth))
+    return sorted(d % depth for d in ([dims] if isinstance(dims, int) else dims)) if depth else []
+
+
+def _reduced(x: Axes, dims: list[int], *, keep: bool) -> Axes:
+    if keep:
+        return [() if i in dims else axis for i, axis in enumerate(x)]
+    return [axis for i, axis in enumerate(x) if i not in dims]
+
+
+def softmax(walk: Walk, node: fx.Node, args: Args) -> Axes:
+    """Over one dimension."""
+    x = walk[args[0]]
+    walk.end(node, 0, args[1] % len(x) - len(x) if x else 0, "softmax")
+    return x
+
+
+def attention(walk: Walk, node: fx.Node, args: Args) -> Axes:
+    """q (..., L, E), k (..., S, E), v (..., S, F): softmax(q k^T / sqrt(E)) v."""
+    q, k, v = (walk[arg] for arg in args[:3])
+    mask, grouped = args[3], bool(args[7])
+    walk.space.tie(q[-1], k[-1])
+    walk.space.tie(k[-2], v[-2])
+    walk.space.freeze(k[-2], f"{node.name}: keys")
+    heads = q[:-2]
+    if grouped:
+        each = walk.space.axis(size(q[-3]) // size(k[-3]))
+        walk.space.tie(q[-3], (*k[-3], *each))
+        walk.space.tie(k[-3], v[-3])
+        walk.broadcast(q[:-3], k[:-3], v[:-3])
+    else:
+        heads = walk.broadcast(q[:-2], k[:-2], v[:-2])
+    if mask is not None:
+        walk.broadcast([*heads, q[-2], k[-2]], walk[mask])
+    walk.role("heads", *heads)
+    walk.end(node, 0, -1)
+    if args[6] is None:
+        walk.size(node, 6, q[-1])
+    return [*heads, q[-2], v[-1]]
+
+
+def grouped_mm(walk: Walk, node: fx.Node, args: Args) -> Axes:
+    """Rows of x (T, K) times the weight (E, K, N) of the expert that each was sorted to."""
+    x, w = walk[args[0]], walk[args[1]]
+    walk.space.tie(x[-1], w[1])
+    walk.role("experts", w[0])
+    walk.space.freeze(w[0], f"{node.name}: experts are chosen by number")
+    walk.end(node, 0, -1)
+    return [x[0], w[2]]

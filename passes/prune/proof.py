@@ -1,0 +1,108 @@
+"""masked == sliced: the proof that a cut is right.
+
+Both forms of a graph are run on the same random numbers in float64, parameters and buffers randomised as well: a
+fresh model's zeros and ones hide errors. Dropout is off, and every cast to a smaller type is one to float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ...runtime.model import flat_outputs
+from ...runtime.program import Program, value_of
+from ...runtime.store import Store
+from ..match import full_args
+from .axes import Atom
+from .keep import Kept
+from .masked import masked
+from .sliced import sliced
+from .walk import Walk
+
+aten = torch.ops.aten
+
+# In float64 exact cuts were 1e-16 to 1e-13 on 180 architectures, and wrong rules 1e-2 to 7.
+LIMIT = 1e-6
+MASK = "mask_of"
+
+
+def proven(walk: Walk, of: Kept, batches: Sequence[Sequence[Tensor]], seed: int = 0) -> float:
+    """The largest difference between the masked and the sliced graph, relative to the output's scale."""
+    program = walk.program.copy(randomised(walk.program.store, seed))
+    in_double(program)
+    full, cut = program.copy(program.store.fork()), program.copy(program.store.fork())
+    leaf_numbers = {leaf: i for i, leaf in enumerate(of)}
+    for leaf, mask in of.items():
+        full.store.put(f"{MASK}_{leaf_numbers[leaf]}", mask.double(), persistent=False)
+
+    def mask_node(leaf: Atom, before: fx.Node) -> fx.Node:
+        return full.get_attr(f"{MASK}_{leaf_numbers[leaf]}", before)
+
+    masked(full, walk.on(full), of, mask_node)
+    sliced(cut, walk.on(cut), of)
+    return max(_apart(full, cut, batch, seed) for batch in batches)
+
+
+def _apart(full: Program, cut: Program, batch: Sequence[Tensor], seed: int) -> float:
+    found = []
+    inputs = [t.double() if t.is_floating_point() else t for t in batch]
+    for program in (full, cut):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), program.unwritten():
+            torch.manual_seed(seed)
+            found.append([t.clone() for t in flat_outputs(program.run([t.clone() for t in inputs]))])
+    worst = 0.0
+    for a, b in zip(*found, strict=True):
+        if a.shape != b.shape:
+            return float("inf")
+        if not a.is_floating_point():
+            worst = max(worst, 0.0 if torch.equal(a, b) else float("inf"))
+        elif a.numel():
+            finite = a.isfinite()
+            if not torch.equal(finite, b.isfinite()):
+                return float("inf")
+            scale = float(a[finite].abs().max()) if finite.any() else 1.0
+            apart = float((a[finite] - b[finite]).abs().max()) if finite.any() else 0.0
+            worst = max(worst, apart / max(scale, 1e-30))
+    return worst
+
+
+def randomised(store: Store, seed: int) -> Store:
+    """A store of its own with random float64 tensors near those there; buffers keep their sign."""
+    other, generator = store.fork(), torch.Generator().manual_seed(seed)
+    for name, value in list(other.entries()):
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            if isinstance(value, Tensor):
+                other.put(name, value.clone(), persistent=other.is_persistent(name))
+            continue
+        wide = value.detach().double()
+        if isinstance(value, nn.Parameter):
+            fan = max(1, wide.numel() // max(1, wide.shape[0])) if wide.dim() > 1 else 10
+            noise = torch.randn(wide.shape, generator=generator, dtype=torch.float64) * (0.5 * fan**-0.5)
+            other.put(name, nn.Parameter(wide + noise, requires_grad=value.requires_grad))
+        else:
+            factor = 0.75 + 0.5 * torch.rand(wide.shape, generator=generator, dtype=torch.float64)
+            noise = 0.1 * torch.rand(wide.shape, generator=generator, dtype=torch.float64)
+            other.put(name, wide * factor + noise, persistent=other.is_persistent(name))
+    return other
+
+
+_SMALLER = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def in_double(program: Program) -> None:
+    """Casts and new tensors are float64, dropout is off; recorded values are taken out."""
+    for node in program.graph.nodes:
+        node.args = fx.node.map_aggregate(node.args, _widened)
+        node.kwargs = fx.node.map_aggregate(node.kwargs, _widened)
+        if node.target in (aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default):
+            node.args = (node.args[0], 0.0, False)
+        if node.target is aten.rms_norm.default and full_args(node)[3] is None:  # it goes by the dtype
+            node.args = (*full_args(node)[:3], torch.finfo(value_of(node).dtype).eps)
+    program.module.recompile()
+
+
+def _widened(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value in _SMALLER else value

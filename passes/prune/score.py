@@ -1,0 +1,105 @@
+"""How much each index of a group matters: pure functions of tensors, and their sum over all that a group cuts.
+
+    l1           sum |w|
+    l2           sqrt(sum w^2)
+    taylor       |sum w g|, what the loss would change by to first order (Molchanov et al. 2019, arXiv 1906.10771)
+    fisher       sum (w g)^2, the diagonal of the empirical Fisher matrix in place of the Hessian (Theis et al. 2018)
+    scale        |gamma| of the norms in the group alone (Liu et al. 2017, arXiv 1708.06519)
+    random       by a seed
+
+w runs over all stored numbers that an index holds, g is the gradient of the loss by them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ...runtime.errors import RecipeError
+from .axes import Atom, Axis, norm, size
+from .groups import Group
+from .walk import Walk
+
+Method = Literal["l1", "l2", "taylor", "fisher", "scale", "random"]
+METHODS: tuple[Method, ...] = ("l1", "l2", "taylor", "fisher", "scale", "random")
+WITH_GRADIENT: tuple[Method, ...] = ("taylor", "fisher")
+
+
+def elements(w: Tensor, g: Tensor | None, method: Method) -> Tensor:
+    """What each number adds to the sum of its index, in fp64 and w's shape."""
+    w = w.detach().double()
+    if method == "l1":
+        return w.abs()
+    if method in ("l2", "scale"):
+        return w.square()
+    assert g is not None
+    product = w * g.detach().double()
+    return product.square() if method == "fisher" else product
+
+
+def finished(total: Tensor, method: Method) -> Tensor:
+    """The score of an index from the sum over its numbers."""
+    if method in ("l2", "scale"):
+        return total.sqrt()
+    return total.abs() if method == "taylor" else total
+
+
+def score(
+    walk: Walk, group: Group, method: Method, gradients: Mapping[str, Tensor] | None = None, seed: int = 0
+) -> Tensor:
+    """fp64 (n,): the score of each index of a group; the least go first.
+
+    gradients: by stored name, for methods that want them. Raises RecipeError where they are missing.
+    """
+    if method == "random":
+        digest = hashlib.sha256(f"{seed} {group.name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:6], "big"))
+        return torch.rand(group.size, generator=generator, dtype=torch.float64)
+    total = torch.zeros(group.size, dtype=torch.float64)
+    for cut in group.cuts:
+        w = walk.program.store.get(cut.name)
+        if not isinstance(w, torch.nn.Parameter) or (method == "scale" and w.dim() != 1):
+            continue  # running statistics say nothing about what an index is worth
+        g = None if gradients is None else gradients.get(cut.name)
+        if method in WITH_GRADIENT and g is None:
+            raise RecipeError(
+                f"pruning by {method} needs gradients",
+                required="data and a loss, or a score that goes by the weights alone: l1, l2",
+                found=f"no gradient of {cut.name}",
+            )
+        each = elements(w, g, method)
+        others = [dim for dim in range(w.dim()) if dim != cut.dim]
+        total += folded(walk.stored[cut.name][cut.dim], each.sum(others) if others else each, group.leaf).cpu()
+    return finished(total, method)
+
+
+def folded(axis: Axis, values: Tensor, leaf: Atom) -> Tensor:
+    """(leaf.size,): values (n,) of an axis, summed over all its indices that are one index of the leaf."""
+    axis = norm(axis)
+    grid = values.reshape([atom.size for atom in axis])
+    total = values.new_zeros(leaf.size)
+    for i, atom in enumerate(axis):
+        others = [j for j in range(len(axis)) if j != i]
+        own = grid.sum(others) if others else grid
+        if atom is leaf:
+            total = total + own
+        elif atom.parts is not None:
+            for part, piece in zip(atom.parts, torch.split(own, [size(p) for p in atom.parts]), strict=True):
+                total = total + folded(part, piece, leaf)
+    return total
+
+
+def lowest(scores: Tensor, stay: int) -> Tensor:
+    """bool (n,): the `stay` indices with the largest scores; among equal ones the first."""
+    kept = torch.zeros(len(scores), dtype=torch.bool)
+    kept[scores.argsort(descending=True, stable=True)[:stay]] = True
+    return kept
+
+
+def relative(scores: Sequence[Tensor]) -> list[Tensor]:
+    """Scores of several groups made comparable: over each group's mean."""
+    return [s / s.mean().clamp_min(torch.finfo(s.dtype).tiny) for s in scores]

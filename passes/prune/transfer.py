@@ -1,0 +1,142 @@
+"""Which transfer rule serves which call. A new rule is a function in `products.py` or `shapes.py` and a line here."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import products, shapes
+from .walk import Axes, Rule, Walk
+
+aten = torch.ops.aten
+
+
+def elementwise(walk: Walk, node: fx.Node, args: Sequence[Any]) -> Any:
+    """Operands met element by element; all results have the same axes."""
+    made = walk.tie_broadcast(*node.all_input_nodes)
+    value = walk.values[node]
+    return [made for _ in value] if isinstance(value, list | tuple) else made
+
+
+def first(walk: Walk, node: fx.Node, args: Sequence[Any]) -> Axes:
+    """A result with the axes of the first operand."""
+    return walk[args[0]]
+
+
+TRANSFER: tuple[tuple[Rule, tuple[str, ...]], ...] = (
+    # products
+    (products.linear, ("linear",)),
+    (products.matmul, ("matmul", "mm", "bmm", "mv", "dot")),
+    (products.addmm, ("addmm", "baddbmm", "addbmm", "addmv")),
+    (products.einsum, ("einsum",)),
+    (products.convolution(1), ("conv1d",)),
+    (products.convolution(2), ("conv2d",)),
+    (products.convolution(3), ("conv3d",)),
+    (products.convolution_transposed(1), ("conv_transpose1d",)),
+    (products.convolution_transposed(2), ("conv_transpose2d",)),
+    (products.convolution_transposed(3), ("conv_transpose3d",)),
+    (products.embedding, ("embedding",)),
+    (products.attention, ("scaled_dot_product_attention",)),
+    (products.grouped_mm, ("grouped_mm_fallback", "_grouped_mm")),
+    # statistics
+    (products.batch_norm, ("batch_norm",)),
+    (products.layer_norm, ("layer_norm",)),
+    (products.rms_norm, ("rms_norm",)),
+    (products.group_norm, ("group_norm",)),
+    (products.instance_norm, ("instance_norm",)),
+    (products.softmax, ("softmax.int", "_softmax")),
+    (products.reduction("mean", 1, 2), ("mean.dim",)),
+    (products.reduction("mean", None, None), ("mean",)),
+    (products.reduction("zero", 1, 2), ("sum.dim_IntList",)),
+    (products.reduction("zero", 2, 3), ("linalg_vector_norm",)),
+    (products.reduction("zero", 2, 3), ("norm.ScalarOpt_dim",)),
+    (products.reduction("zero", None, None), ("sum",)),
+    (products.extreme(1, 2), ("amax", "amin", "argmax", "argmin", "max.dim", "min.dim", "any.dim", "all.dim")),
+    (products.extreme(1, 2), ("logsumexp", "prod.dim_int", "median.dim")),
+    (products.extreme(1, 3), ("var.dim", "std.dim", "var.correction", "std.correction")),
+    (products.extreme(None, None), ("max", "min", "any", "all", "prod", "var", "std")),
+    # moves
+    (shapes.view, ("view", "reshape", "_unsafe_view")),
+    (shapes.flatten, ("flatten.using_ints", "view_as", "reshape_as")),
+    (shapes.unflatten, ("unflatten.int",)),
+    (shapes.permute, ("permute",)),
+    (shapes.transpose, ("transpose.int", "swapaxes", "swapdims")),
+    (shapes.reverse, ("t", "numpy_T")),
+    (shapes.transpose_last, ("mT", "adjoint")),
+    (shapes.squeeze, ("squeeze", "squeeze.dim", "squeeze.dims")),
+    (shapes.unsqueeze, ("unsqueeze",)),
+    (shapes.expand, ("expand", "broadcast_to")),
+    (shapes.expand_as, ("expand_as",)),
+    (shapes.repeat, ("repeat", "tile")),
+    (shapes.repeat_interleave, ("repeat_interleave.self_int",)),
+    (shapes.cat, ("cat", "concat", "concatenate")),
+    (shapes.stack, ("stack",)),
+    (shapes.select, ("select.int",)),
+    (shapes.unbind, ("unbind.int",)),
+    (shapes.slice_, ("slice.Tensor",)),
+    (shapes.split, ("split.Tensor", "split_with_sizes", "chunk", "split.sizes")),
+    (shapes.pad, ("pad", "constant_pad_nd")),
+    (shapes.spatial(1), ("adaptive_avg_pool1d", "adaptive_max_pool1d", "avg_pool1d", "max_pool1d")),
+    (shapes.spatial(1), ("upsample_nearest1d.vec", "upsample_linear1d.vec", "max_pool1d_with_indices")),
+    (shapes.spatial(2), ("adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "max_pool2d")),
+    (shapes.spatial(2), ("upsample_nearest2d.vec", "upsample_bilinear2d.vec", "upsample_bicubic2d.vec")),
+    (shapes.spatial(2), ("max_pool2d_with_indices", "_upsample_bilinear2d_aa.vec")),
+    (shapes.spatial(3), ("adaptive_avg_pool3d", "avg_pool3d", "max_pool3d", "upsample_nearest3d.vec")),
+    (shapes.spatial(3), ("upsample_trilinear3d.vec", "max_pool3d_with_indices")),
+    (shapes.along(1), ("cumsum", "flip", "cumprod", "logcumsumexp", "log_softmax.int")),
+    (shapes.along(2), ("roll", "topk")),
+    (shapes.along(1), ("sort",)),
+    (shapes.index, ("index.Tensor",)),
+    (shapes.index_select, ("index_select",)),
+    (shapes.gather, ("gather", "take_along_dim")),
+    (shapes.created(0), ("zeros", "ones", "empty.memory_format", "full")),
+    (shapes.created(1), ("new_zeros", "new_ones", "new_empty", "new_full")),
+    (shapes.counted, ("arange", "arange.start", "arange.start_step", "linspace", "scalar_tensor", "eye", "eye.m")),
+    (shapes.pixel_shuffle, ("pixel_shuffle",)),
+    (shapes.item, ("getitem",)),
+    # calls without arithmetic of their own
+    (first, ("contiguous", "clone", "alias", "detach", "detach_", "lift_fresh_copy", "_to_copy", "requires_grad_")),
+    (first, ("to.dtype", "to.dtype_layout", "to.device", "to.other", "type_as", "_assert_tensor_metadata")),
+    (first, ("dropout", "dropout_", "feature_dropout", "bernoulli", "bernoulli.p", "bernoulli_.float")),
+    (first, ("zero_", "fill_.Scalar", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")),
+    (first, ("log_sigmoid", "hardswish", "hardswish_")),
+    (elementwise, ("copy_", "prelu", "where.self", "where.ScalarOther", "where.ScalarSelf", "masked_fill.Scalar")),
+    # names of element-wise calls that torch does not tag as such: they are others in disguise
+    (elementwise, ("multiply.Tensor", "divide.Tensor", "subtract.Tensor", "true_divide.Tensor", "square", "square_")),
+    (elementwise, ("multiply_.Tensor", "divide_.Tensor", "subtract_.Tensor", "negative", "absolute", "where.Scalar")),
+    (elementwise, ("masked_fill.Tensor", "masked_fill_.Scalar", "masked_fill_.Tensor", "rrelu", "gelu_")),
+)
+
+_RULES = {name: rule for rule, names in TRANSFER for name in names}
+
+
+def rule_of(node: fx.Node) -> Rule | None:
+    """The rule for a call: its own, or that of all element-wise ones. None where there is none."""
+    target = node.target
+    if target is operator.getitem:
+        return shapes.item
+    name = _name_of(target)
+    if name in _RULES:
+        return _RULES[name]
+    return elementwise if _is_elementwise(target) else None
+
+
+def _name_of(target: Any) -> str:
+    if not isinstance(target, torch._ops.OpOverload):
+        return ""
+    return str(target).partition(".")[2].removesuffix(".default")
+
+
+def _is_elementwise(target: Any) -> bool:
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    if torch.Tag.pointwise in target.tags:
+        return True
+    packet = str(target).partition(".")[2].partition(".")[0]
+    functional = getattr(aten, packet.removesuffix("_"), None) if packet.endswith("_") else None
+    overload = getattr(functional, target._overloadname, None)
+    return overload is not None and torch.Tag.pointwise in overload.tags
