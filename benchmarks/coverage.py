@@ -1,24 +1,19 @@
 """Which architectures can be pruned by 30 %, and whether every cut is right.
 
-    python benchmarks/coverage.py [--only bert gpt2 ...] [--torch-pruning] [--again]
+    python benchmarks/coverage.py [--only bert gpt2 ...] [--again]
 
 Each of `architectures.py` is captured, all default groups lose 30 % of their indices by the l2 score, and the cut is
 proved: masked equals sliced in float64, with parameters and buffers randomised, at two batch sizes where the batch
 may vary. Success is: the sliced graph runs forward and backward, its outputs keep their shapes, at least 10 % of the
-parameters are gone that are not in embeddings, and the proof's error is below 1e-6. --torch-pruning puts Torch-Pruning
-1.6.1 beside it, as its documentation says to use it, for at most 60 seconds a model.
+parameters are gone that are not in embeddings, and the proof's error is below 1e-6.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import signal
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import timing  # before torch
 import torch
@@ -46,7 +41,6 @@ from dwindle.runtime.model import flat_outputs
 from dwindle.runtime.store import Store
 
 RATIO, LEAST = 0.3, 0.10
-PATIENCE = 60  # seconds for a peer's model
 aten = torch.ops.aten
 
 
@@ -104,61 +98,6 @@ def backward(store: Store, outputs: list[Tensor]) -> bool:
     return bool(gradients) and all(bool(g.isfinite().all()) for g in gradients)
 
 
-def peer(architecture: Architecture) -> Point:
-    """Torch-Pruning 1.6.1 on the same model: whether it prunes, still runs, and keeps the shapes of the outputs."""
-    import torch_pruning
-
-    model, inputs = architecture.make()
-    before = sum(p.numel() for p in model.parameters())
-    tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
-    embedded = sum(p.numel() for p in tables)
-    try:
-        with at_most(PATIENCE):
-            with torch.no_grad():
-                expected = [t.shape for t in _tensors(model(**inputs))]
-            for parameter in model.parameters():
-                parameter.requires_grad_(True)
-            heads = {m: m.num_heads for m in model.modules() if isinstance(getattr(m, "num_heads", None), int)}
-            last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
-            pruner = torch_pruning.pruner.MagnitudePruner(
-                model,
-                example_inputs=inputs,
-                importance=torch_pruning.importance.MagnitudeImportance(p=2),
-                pruning_ratio=RATIO,
-                ignored_layers=last,
-                num_heads={m.query: n for m, n in heads.items() if hasattr(m, "query")},
-            )
-            pruner.step()
-            outputs = _tensors(model(**inputs))
-            same = [t.shape for t in outputs] == expected
-            torch.stack([t.float().square().mean() for t in outputs if t.requires_grad]).sum().backward()
-    except Exception as error:  # whatever a peer does on a model it was not made for is a row of the table
-        return {"peer success": False, "peer failure": f"{type(error).__name__}: {str(error)[:120]}"}
-    gone = 1 - (sum(p.numel() for p in model.parameters()) - embedded) / max(before - embedded, 1)
-    return {"peer removed": gone, "peer shapes kept": same, "peer success": bool(same and gone >= LEAST)}
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    leaves, _ = torch.utils._pytree.tree_flatten(tuple(output.values()) if hasattr(output, "values") else output)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
-@contextmanager
-def at_most(seconds: int) -> Iterator[None]:
-    """TimeoutError after so many seconds of the clock."""
-
-    def stop(*_: Any) -> None:
-        raise TimeoutError(f"more than {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def show(rows: dict[str, Point], console: Console) -> None:
     """The table, and how many succeed by kind."""
     table = Table(title=f"Pruned by {RATIO:.0%}", title_justify="left")
@@ -174,9 +113,7 @@ def show(rows: dict[str, Point], console: Console) -> None:
     kinds = dict.fromkeys(point["kind"] for point in rows.values())
     for kind in [*kinds, None]:
         own = [point for point in rows.values() if kind in (None, point["kind"])]
-        theirs = [point["peer success"] for point in own if "peer success" in point]
-        beside = f", Torch-Pruning {sum(theirs)}" if theirs else ""
-        console.print(f"{kind or 'all'}: {sum(p['success'] for p in own)} of {len(own)}{beside}")
+        console.print(f"{kind or 'all'}: {sum(p['success'] for p in own)} of {len(own)}")
 
 
 def wrong(point: Point) -> str:
@@ -193,7 +130,6 @@ def main() -> None:
     """Measure what is not there yet, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", help="names of architectures")
-    parser.add_argument("--torch-pruning", action="store_true", help="beside Torch-Pruning, which has to be installed")
     parser.add_argument("--again", action="store_true", help="measure what is already there as well")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -204,9 +140,6 @@ def main() -> None:
     for architecture in track(wanted, "Pruning", console=Console(stderr=True)):
         configuration = {"architecture": architecture.name, "ratio": RATIO}
         rows[architecture.name] = results.point(configuration, lambda a=architecture: measure(a))
-        if arguments.torch_pruning:
-            configuration |= {"peer": "torch-pruning 1.6.1"}
-            rows[architecture.name] |= results.point(configuration, lambda a=architecture: peer(a))
     show(rows, console)
 
 
