@@ -54,9 +54,10 @@ def test_what_an_index_saves_is_what_slicing_saves() -> None:
 
 def test_each_kind_is_named() -> None:
     kinds = {}
-    for name in ("gpt2", "llama", "resnet", "cnn"):
+    for name in ("mlp", "gpt2", "llama", "resnet", "cnn"):
         kinds[name] = {g.kind for g in find_groups(walked(*ZOO[name]())[0]) if not g.reason and g.outermost}
     assert kinds == {
+        "mlp": {"rows"},
         "gpt2": {"hidden", "heads", "rows"},
         "llama": {"hidden", "heads", "rows"},
         "resnet": {"channels"},

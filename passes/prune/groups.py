@@ -133,8 +133,11 @@ def _kind(leaf: Atom, cuts: Sequence[Cut], roles: Mapping[str, set[Atom]], store
         return "channels"
     if leaf in roles["heads"]:
         return "heads"
-    blocks = {block_of(cut.name) for cut in cuts}
-    return "hidden" if sum(block.rpartition(".")[2].isdigit() for block in blocks) > 1 else "rows"
+    # The residual stream is what several blocks read and write; between two layers of a plain stack lie rows.
+    matrices = [cut.name for cut in cuts if stored[cut.name].dim() > 1]
+    blocks = {block_of(name) for name in matrices}
+    several = sum(block.rpartition(".")[2].isdigit() for block in blocks) > 1
+    return "hidden" if several and len(matrices) > 2 else "rows"
 
 
 def coupling(walk: Walk) -> nx.Graph:
