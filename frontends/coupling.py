@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import networkx as nx
+import torch
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
@@ -119,8 +120,6 @@ def _row(walk: Walk, graph: nx.Graph, group: Group, products: Sequence[cost.Prod
 
 
 def _without_one(group: Group) -> Tensor:
-    import torch
-
     mask = torch.ones(group.size, dtype=torch.bool)
     mask[0] = False
     return mask

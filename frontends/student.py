@@ -294,7 +294,7 @@ def prepare(
             "pruning while a model trains is not there yet",
             required="a recipe without prune",
             found=f"{len(recipe.prune)} pruning rules",
-            cure="compress(model, recipe) prunes at once; train its result's weights in the model itself",
+            cure="compress(model, recipe) prunes a trained model at once",
         )
     require_original(model)
     arguments = as_arguments(model, inputs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -139,15 +140,13 @@ def test_leaves_are_found_from_what_is_kept_of_an_axis(h: int, d: int, terms: li
     for leaf in leaves(axis):
         mask = [random.random() < 0.6 for _ in range(leaf.size)]  # type: ignore[attr-defined]  # a Random
         mask[0] = True
-        masks[leaf] = __import__("torch").tensor(mask)
+        masks[leaf] = torch.tensor(mask)
     found = kept_leaves(axis, kept(axis, masks))
     assert set(found) == {leaf for leaf, mask in masks.items() if not mask.all()}
     assert all(bool((found[leaf] == masks[leaf]).all()) for leaf in found)
 
 
 def test_indices_that_no_leaves_give_are_refused() -> None:
-    import torch
-
     space = Space()
     axis = (*space.axis(2), *space.axis(2))
     with pytest.raises(ValueError, match="do not go by the atoms"):

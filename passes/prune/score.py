@@ -68,8 +68,9 @@ def score(
         if method in WITH_GRADIENT and g is None:
             raise RecipeError(
                 f"pruning by {method} needs gradients",
-                required="data and a loss, or a score that goes by the weights alone: l1, l2",
+                required="gradients of a loss, or a score that goes by the weights alone",
                 found=f"no gradient of {cut.name}",
+                cure="choose l1, l2 or scale: compress() has no loss to take gradients of",
             )
         each = elements(w, g, method)
         others = [dim for dim in range(w.dim()) if dim != cut.dim]

@@ -22,7 +22,7 @@ assert LIBRARY is not None  # importing the catalogue registers the operators
 
 # On a site's call and on what it is lowered to: (name of the weight, name of the call), alike in every graph.
 SITE = "dwindle_site"
-# Beside it: the weight's name in the module that calls, and which of that name's inputs the call reads.
+# Beside it: the weight's name in the module that calls, and which of the calls by that name it is.
 CALL = "dwindle_call"
 
 

@@ -100,12 +100,6 @@ class Reach:
         """The name of one part: range, or step where it is learned."""
         return of_call(f"{self.name}_input_{part}", self.call)
 
-    def tensor(self, store: Store, part: str) -> Tensor:
-        """That part's tensor."""
-        value = store.get(self(part))
-        assert isinstance(value, Tensor), f"{self(part)} is not stored"
-        return value
-
 
 def _place_step(store: Store, site: Site, scheme: Scheme) -> None:
     """A learned scale as a parameter, s = 2 mean|w| / sqrt(qmax) (LSQ, section 2.1)."""
