@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .frontends.compress import compress
+    from .frontends.prepare import prepare
     from .frontends.recipe import Recipe
-    from .frontends.student import Student, prepare
+    from .frontends.student import Student
     from .frontends.transplant import transplant
     from .runtime.artifact import load
     from .runtime.compressed import Compressed
@@ -38,7 +39,7 @@ _HOME = {
     "Student": ".frontends.student",
     "compress": ".frontends.compress",
     "load": ".runtime.artifact",
-    "prepare": ".frontends.student",
+    "prepare": ".frontends.prepare",
     "transplant": ".frontends.transplant",
 }
 

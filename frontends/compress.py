@@ -83,8 +83,10 @@ def compress(
         tensors = None if training else verification_inputs(fresh, signature, call)
         return replayed(prepared(fresh, tensors, again), tensors, again)
 
-    if plan:
+    if plan.quantizations:
         target.freeze()
+    elif plan:
+        target.own()
     compressed = Compressed.named(model, "Compressed")(
         target,
         plan,

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..passes.prune.course import Thinning
 from ..passes.quantize.course import Drop
 
 MOST = 512
@@ -23,7 +24,8 @@ SMOOTHING = 0.9
 Point = tuple[int, float | None, float]
 """(last step, mean loss, average bits)."""
 Change = tuple[int, int, int, int, str]
-"""(step, bits before, bits after, how many, "weight" or "activation"): those that changed alike."""
+"""(step, before, after, how many, of what): of bits, weights or activations that changed alike; or of what stays of
+the "heads", "rows" ... of so many."""
 
 
 class History:
@@ -37,12 +39,12 @@ class History:
         self._total, self._count = 0.0, 0  # of the window that is open
         self._waiting: list[tuple[int, Tensor | float | None, float]] = []
 
-    def record(self, step: int, loss: Tensor | float | None, bits: float, drops: Sequence[Drop]) -> None:
+    def record(self, step: int, loss: Tensor | float | None, bits: float, changed: Sequence[Drop | Thinning]) -> None:
         """A step is done. loss: of the last batch before it, on this process."""
         self._waiting.append((step, loss, bits))
         if len(self._waiting) >= WAITING:
             self._read()
-        self.changes += changes(drops)
+        self.changes += changes(changed)
         del self.changes[:-MOST]
 
     @property
@@ -93,10 +95,12 @@ class History:
         self.smooth = None
 
 
-def changes(drops: Sequence[Drop]) -> list[Change]:
-    """Drops that are alike, counted."""
+def changes(changed: Sequence[Drop | Thinning]) -> list[Change]:
+    """Drops that are alike, counted, and what was pruned."""
+    drops = [d for d in changed if isinstance(d, Drop)]
     alike = Counter((d.step, d.before, d.after, "activation" if d.of_input else "weight") for d in drops)
-    return [(step, before, after, count, kind) for (step, before, after, kind), count in alike.items()]
+    cuts = [(t.step, t.before, t.after, t.total, t.kind) for t in changed if isinstance(t, Thinning)]
+    return [(step, before, after, count, kind) for (step, before, after, kind), count in alike.items()] + cuts
 
 
 def _joined(one: Point, two: Point) -> Point:

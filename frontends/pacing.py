@@ -17,18 +17,19 @@ import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..passes.prune.course import PruneCourse, Thinning
 from ..passes.quantize.adaptive import Budget, Candidate, Controller
 from ..passes.quantize.course import Course, Drop
 from ..passes.quantize.growth import growth
-from ..passes.quantize.schedule import AT_ONCE
 from ..passes.quantize.sensitivity import Sensitivity, eigenvalues, traces
+from ..passes.schedule import AT_ONCE
 from ..runtime.errors import RecipeError, ScheduleError
 from ..runtime.qtensor import packed_nbytes
 from ..runtime.report import block_of
@@ -36,10 +37,12 @@ from ..runtime.scheme import Scheme
 from ..runtime.store import Store
 from .curvature import in_steps
 from .history import History
+from .ranks import averaged, mean_over_ranks
 from .settings import AdaptiveSettings, SensitivitySettings
 
 Closure = Callable[[], Tensor]
-STATE = 2  # version of what a state_dict holds besides tensors
+Change = Drop | Thinning
+STATE = 3  # version of what a state_dict holds besides tensors
 
 
 @dataclass
@@ -63,31 +66,42 @@ class Pacer:
     sensitivity: as last measured; spent: on all measurements; watchers: told of each step's drops
     """
 
-    def __init__(self, course: Course, settings: SensitivitySettings | None, adaptive: AdaptiveSettings | None) -> None:
-        self.course, self.settings = course, settings
+    def __init__(
+        self,
+        course: Course,
+        pruning: PruneCourse | None,
+        settings: SensitivitySettings | None,
+        adaptive: AdaptiveSettings | None,
+    ) -> None:
+        self.course, self.pruning, self.settings = course, pruning, settings
         self.controller = None if adaptive is None else Controller(adaptive.budget())
         self.blocks = blocks(course, settings.blocks if settings else None)
-        self._recipe = fingerprint(course, settings, adaptive)
+        self._recipe = fingerprint(course, pruning, settings, adaptive)
         if self.controller is not None:
             self._require_reachable(self.controller.budget)
         self.sensitivity: Sensitivity | None = None
         self.measured_at, self.spent = -1, Spent()
         self.history = History(course.average_bits())
-        self.watchers: list[Callable[[Sequence[Drop]], None]] = []
+        self.watchers: list[Callable[[Sequence[Change]], None]] = []
         self._ended, self._times = 0.0, deque[float](maxlen=64)  # when the last step was over; seconds of steps
 
     def on(self, store: Store) -> Pacer:
         """The same state, to go on by itself on a copy of the course's store; nobody watches it yet."""
-        return copy.deepcopy(self, {id(self.course): self.course.on(store), id(self.watchers): []})
+        known: dict[int, Any] = {id(self.course): self.course.on(store), id(self.watchers): []}
+        if self.pruning is not None:
+            known[id(self.pruning)] = self.pruning.on(store)
+        return copy.deepcopy(self, known)
 
     @property
     def remembers(self) -> bool:
         """Whether a resumed run needs more than tensors: a schedule, or random numbers that go by the step."""
         paces = self.course.paces.values()
+        if self.pruning is not None:
+            return True
         moves = any(pace.weight != AT_ONCE or pace.activation != AT_ONCE for pace in paces)
         return moves or any(scheme.rounding == "stochastic" for scheme in self.course.targets.values())
 
-    def advance(self, loss: Tensor | float | None, closure: Closure | None) -> list[Drop]:
+    def advance(self, loss: Tensor | float | None, closure: Closure | None) -> list[Change]:
         """One optimizer step is done."""
         if self._ended:
             self._times.append(time.perf_counter() - self._ended)
@@ -96,11 +110,12 @@ class Pacer:
         drops = self.course.advance(self.factors())
         if self.controller is not None:
             drops += self._steer(self.controller, loss)
-        self.history.record(self.course.step, loss, self.course.average_bits(), drops)
+        changes = [*drops, *(self.pruning.advance() if self.pruning is not None else ())]
+        self.history.record(self.course.step, loss, self.course.average_bits(), changes)
         for watcher in self.watchers:
-            watcher(drops)
+            watcher(changes)
         self._ended = time.perf_counter()
-        return drops
+        return changes
 
     def factors(self) -> dict[str, int]:
         """By how much curvature stretches MoQ's period, by weight."""
@@ -206,10 +221,15 @@ class Pacer:
         return self._nbytes({fqn: self.course.scheme(fqn) for fqn in self.course.weights})
 
     def _nbytes(self, schemes: Mapping[str, Scheme | None]) -> int:
-        count, persistent = 0, self.course.store.state_dict(keep_vars=True)
+        count, persistent, pruning = 0, self.course.store.state_dict(keep_vars=True), self.pruning
+        kept, own = (pruning.kept(), pruning.names()) if pruning is not None else ({}, set[str]())
         for name, tensor in persistent.items():
+            if name in own:
+                continue
+            shape = (pruning.shape(name, kept) if kept and pruning is not None else None) or tensor.shape
             scheme = schemes.get(name)
-            count += tensor.numel() * tensor.element_size() if scheme is None else packed_nbytes(tensor.shape, scheme)
+            whole = math.prod(shape) * tensor.element_size()
+            count += whole if scheme is None else packed_nbytes(torch.Size(shape), scheme)
         return count
 
     def _require_reachable(self, budget: Budget) -> None:
@@ -227,6 +247,13 @@ class Pacer:
                 found=f"{asked:.10g}",
                 cure="give the weights fewer bits: the recipe's own are the least they fall to",
             )
+
+    def require_end(self) -> None:
+        """Raise ScheduleError where a schedule is not over."""
+        self.course.require_settled("train on, shorten the schedule, or finish(early=True) with the bits as they are")
+        if self.pruning is not None:
+            self.pruning.require_settled()
+        self.require_budget()
 
     def require_budget(self) -> None:
         """Raise ScheduleError where an adaptive schedule has not met its budget yet."""
@@ -256,6 +283,7 @@ class Pacer:
         return {
             "steps": self.course.step,
             "bits": [self.history.start, self.course.average_bits()],
+            "kept": [] if self.pruning is None else [list(row) for row in self.pruning.staying()],
             "curve": [list(point) for point in self.history.curve],
             "changes": [list(change) for change in self.history.changes],
             "curvature": curvature,
@@ -291,6 +319,7 @@ class Pacer:
         return {
             "recipe": self._recipe,
             "course": self.course.to_json(),
+            "pruning": None if self.pruning is None else self.pruning.to_json(),
             "controller": None if self.controller is None else self.controller.to_json(),
             "sensitivity": None if found is None else {"found": found, "spent": asdict(self.spent)},
             "measured_at": self.measured_at,
@@ -299,8 +328,8 @@ class Pacer:
 
     def load_json(self, data: Mapping[str, Any]) -> None:
         """Inverse of `to_json`. Raises ScheduleError where it is another model's or recipe's."""
-        parts = ("recipe", "course", "controller", "sensitivity", "measured_at", "history")
-        recipe, course, controller, measured, measured_at, history = (data[part] for part in parts)
+        parts = ("recipe", "course", "pruning", "controller", "sensitivity", "measured_at", "history")
+        recipe, course, pruning, controller, measured, measured_at, history = (data[part] for part in parts)
         self.course.require_same(course)
         if recipe != self._recipe:
             raise ScheduleError(
@@ -310,6 +339,8 @@ class Pacer:
                 cure="prepare the model with the recipe of that run",
             )
         self.course.load_json(course)
+        if self.pruning is not None:
+            self.pruning.load_json(pruning)
         if self.controller is not None:
             self.controller.load_json(controller)
         self.sensitivity = None if measured is None else Sensitivity.from_json(measured["found"])
@@ -318,9 +349,13 @@ class Pacer:
         self.history.load_json(history)
 
 
-def fingerprint(course: Course, *settings: SensitivitySettings | AdaptiveSettings | None) -> str:
+def fingerprint(
+    course: Course, pruning: PruneCourse | None, *settings: SensitivitySettings | AdaptiveSettings | None
+) -> str:
     """Of everything in a recipe that steers: two runs with one fingerprint may take up each other's state."""
-    steering = repr((course.edits, sorted(course.paces.items(), key=lambda pace: pace[0]), course.seed, settings))
+    rules = () if pruning is None else tuple(pruning.groups)
+    paces = sorted(course.paces.items(), key=lambda pace: pace[0])
+    steering = repr((course.edits, paces, course.seed, rules, settings))
     return hashlib.sha256(steering.encode()).hexdigest()[:16]
 
 
@@ -347,22 +382,3 @@ def really_stepped(optimizer: torch.optim.Optimizer) -> bool:
     """False where a fused optimizer left out its step itself, since a GradScaler told it of infinite gradients."""
     found = getattr(optimizer, "found_inf", None)
     return found is None or not bool(found)
-
-
-def mean_over_ranks(value: float) -> float:
-    """The mean over all processes, or the value itself where there is one."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return value
-    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
-    total = torch.tensor(value, dtype=torch.float64, device=device)
-    distributed.all_reduce(total)
-    return float(total) / distributed.get_world_size()
-
-
-def averaged(found: Sensitivity) -> Sensitivity:
-    """Each block's curvature averaged over ranks."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return found
-    means = {name: replace(c, value=mean_over_ranks(c.value)) for name, c in found.blocks.items()}
-    return replace(found, blocks=means)

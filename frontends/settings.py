@@ -6,15 +6,15 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from ..passes import schedule as schedules
 from ..passes.prune.decide import PruneRule, Target
 from ..passes.prune.groups import KINDS
 from ..passes.prune.groups import Kind as Groups
 from ..passes.prune.score import Method as Importance
-from ..passes.quantize import schedule as schedules
 from ..passes.quantize.adaptive import Budget
 from ..passes.quantize.decide import QuantizeRule
 from ..passes.quantize.observers import Method, Observer
-from ..passes.quantize.schedule import Schedule
+from ..passes.schedule import SHAPES, Ramp, Schedule, Shape
 from ..runtime.errors import SchemeError
 from ..runtime.scheme import SIZED, Granularity, Kind, Rounding, Scheme
 
@@ -53,10 +53,10 @@ class MoQSettings(Strict):
         return schedules.MoQ(**_fields(self))
 
 
-class LinearSettings(Strict):
-    """From `start_bits` to the recipe's own in `length` steps, evenly."""
+class GlidingSettings(Strict):
+    """From `start_bits` to the recipe's own in `length` steps: evenly, slow at both ends, or quick at first."""
 
-    type: Literal["linear"]
+    type: Shape
     start_bits: int = 16
     length: int
     offset: int = 0
@@ -64,21 +64,7 @@ class LinearSettings(Strict):
 
     def schedule(self) -> Schedule:
         """As the pass takes it."""
-        return schedules.Linear(**_fields(self))
-
-
-class CosineSettings(Strict):
-    """From `start_bits` to the recipe's own in `length` steps, slow at both ends."""
-
-    type: Literal["cosine"]
-    start_bits: int = 16
-    length: int
-    offset: int = 0
-    change: float = 0.0
-
-    def schedule(self) -> Schedule:
-        """As the pass takes it."""
-        return schedules.Cosine(**_fields(self))
+        return schedules.Gliding(shape=self.type, **_fields(self))
 
 
 class AdaptiveSettings(Strict):
@@ -112,7 +98,7 @@ class AdaptiveSettings(Strict):
 
 
 ScheduleSettings = Annotated[
-    ConstantSettings | MoQSettings | LinearSettings | CosineSettings | AdaptiveSettings, Field(discriminator="type")
+    ConstantSettings | MoQSettings | GlidingSettings | AdaptiveSettings, Field(discriminator="type")
 ]
 
 
@@ -120,8 +106,7 @@ ScheduleSettings = Annotated[
 SCHEDULES: dict[str, type[Strict]] = {
     "constant": ConstantSettings,
     "moq": MoQSettings,
-    "linear": LinearSettings,
-    "cosine": CosineSettings,
+    **dict.fromkeys(SHAPES, GlidingSettings),
     "adaptive": AdaptiveSettings,
 }
 
@@ -270,6 +255,23 @@ class QuantizeEntry(Strict):
         )
 
 
+class RampSettings(Strict):
+    """When training prunes: nothing before step `offset`, all of it `length` steps later.
+
+    type: how in between, cubic being quickest at first (Zhu & Gupta 2017); every: steps from one choice of what is
+    cut to the next
+    """
+
+    type: Shape = "cubic"
+    offset: int = Field(default=0, ge=0)
+    length: int = Field(default=0, ge=0)
+    every: int = Field(default=1, ge=1)
+
+    def ramp(self) -> Ramp:
+        """As the pass takes it."""
+        return Ramp(shape=self.type, **_fields(self))
+
+
 class PruneEntry(Strict):
     """One pruning rule. Later rules override earlier ones; a group that no rule selects stays.
 
@@ -277,6 +279,7 @@ class PruneEntry(Strict):
     scopes: kinds of groups; modules: globs over the paths of modules that a group cuts, all where absent
     inner: also what lies inside another prunable dimension: the size of a head
     multiple: of it widths are kept; least: a group with fewer indices stays
+    schedule: in training, when; compress() prunes at once
     """
 
     ratio: float | None = Field(default=None, ge=0, lt=1)
@@ -287,6 +290,7 @@ class PruneEntry(Strict):
     inner: bool = False
     multiple: int = Field(default=1, ge=1)
     least: int = Field(default=2, ge=2)
+    schedule: RampSettings = RampSettings()
 
     @field_validator("modules", "scopes", mode="before")
     @classmethod
@@ -311,6 +315,7 @@ class PruneEntry(Strict):
             multiple=self.multiple,
             least=self.least,
             seed=seed,
+            ramp=self.schedule.ramp(),
         )
 
 

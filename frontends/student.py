@@ -7,7 +7,7 @@ change lies in buffers, so no step traces anything anew.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self, cast
 
@@ -18,27 +18,20 @@ from ..passes.certify import certify, tensor_sizes
 from ..passes.driver import Driver
 from ..passes.mismatch import code_mismatch
 from ..passes.pipeline import Job
-from ..passes.quantize.course import Course, Drop
+from ..passes.quantize.course import Course
 from ..passes.quantize.live import gauges, load_ranges, require_seen
 from ..runtime.compressed import Compressed
-from ..runtime.contract import Key, Signature
-from ..runtime.errors import RecipeError, ScheduleError
+from ..runtime.contract import Key
+from ..runtime.errors import ScheduleError
 from ..runtime.model import GraphModel
 from ..runtime.plan import Plan
 from ..runtime.program import Program
 from ..runtime.randomness import own_random_state
 from ..runtime.store import Store
-from .capture import DynamicShapes, capture
 from .compress import (
-    RecipeSource,
-    calibration_batches,
     finish,
-    forwarded,
     own_dtype,
-    prepared,
     replayed,
-    require_effect,
-    require_original,
     verification_inputs,
 )
 from .curvature import CurvatureTable
@@ -46,10 +39,13 @@ from .distill import task_loss, total_loss
 from .forecast import Forecast, forecast
 from .inputs import as_arguments
 from .measure import measure
-from .pacing import Closure, Pacer, really_stepped
+from .pacing import Change, Closure, Pacer, really_stepped
 from .recipe import Recipe
 from .recomputing import Recomputing
 from .watch import Watch
+
+# (the student, training, arguments, plan) -> the variant masked, or with the cuts of a plan made
+Recapture = Callable[["Student", bool, Mapping[str, Any], Plan | None], Program]
 
 
 class Student(Recomputing):
@@ -61,6 +57,7 @@ class Student(Recomputing):
     recipe: Recipe
     example: Mapping[str, Any]
     pacer: Pacer
+    _recapture: Recapture
     _teacher: tuple[nn.Module, ...] = ()  # in a tuple, so that it is no part of the student
     _seen: frozenset[Key] = frozenset()  # variants all of whose static ranges have seen something
     _following: bool = False
@@ -113,8 +110,8 @@ class Student(Recomputing):
             self._remember(found, lambda: self.loss(batch))
         return found
 
-    def step(self, loss: Tensor | float | None = None, *, closure: Closure | None = None) -> list[Drop]:
-        """An optimizer step is done: schedules advance. Returns what changed its bits.
+    def step(self, loss: Tensor | float | None = None, *, closure: Closure | None = None) -> list[Change]:
+        """An optimizer step is done: schedules advance. Returns what changed its bits, and what was cut.
 
         loss: of the batch just trained on, for adaptive schedules; closure: computes it, for curvature. Neither is
         needed where the model's output has a loss.
@@ -157,15 +154,15 @@ class Student(Recomputing):
 
         return stop
 
-    def _advance(self, loss: Tensor | float | None = None, closure: Closure | None = None) -> list[Drop]:
+    def _advance(self, loss: Tensor | float | None = None, closure: Closure | None = None) -> list[Change]:
         given = loss.detach() if isinstance(loss, Tensor) else loss
         drops = self.pacer.advance(self._loss if given is None else given, closure or self._again)
         self._loss = self._again = None
         return drops
 
     def forecast(self, total_steps: int) -> Forecast:
-        """At which step each weight gets which bits, and what is not over after `total_steps`."""
-        return forecast(self.course, total_steps)
+        """At which step each weight gets which bits and what is cut, and what is not over after `total_steps`."""
+        return forecast(self.course, total_steps, self.pacer.pruning)
 
     def watch(self, total_steps: int | None = None, *, quiet: bool = False) -> Watch:
         """`with student.watch(344): ...` shows bits, loss and the next drop as the loop goes, and prints each drop.
@@ -203,14 +200,14 @@ class Student(Recomputing):
         ):
             state_dict[f"{prefix}_extra_state"] = self.get_extra_state()
             own = self.state_dict()
-            for name in gauges(self.plan, self.store) & own.keys():
+            for name in self._own_names() & own.keys():
                 state_dict.setdefault(prefix + name, own[name])
         load_ranges(self.store, self.plan, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _is_plain(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
         """Whether a state is one of the model alone, from which schedules begin anew."""
-        return not any(prefix + name in state_dict for name in gauges(self.plan, self.store))
+        return not any(prefix + name in state_dict for name in self._own_names())
 
     @own_random_state()
     def finish(self, *, early: bool = False) -> Compressed:
@@ -221,31 +218,29 @@ class Student(Recomputing):
         model is not what was trained.
         """
         if not early:
-            self.course.require_settled(
-                "train on, shorten the schedule, or finish(early=True) with the bits as they are"
-            )
-            self.pacer.require_budget()
+            self.pacer.require_end()
         self.course.require_shown()
-        plan = self.course.plan()
-        simulated = self._eval_variant()
-        tensors = verification_inputs(simulated, self.signature, self.example)
+        plan, trained = self._plan(), self._eval_variant()
+        tensors = verification_inputs(trained, self.signature, self.example)
+        cuts = None if self.pacer.pruning is None else plan
+        simulated = trained if cuts is None else self._recapture(self, False, self.example, cuts)
         job = Job(plan=plan, target=Store(), trains=True)
         program, lowering, output = finish(Driver(simulated.copy(), tensors), tensors, job)
         reference = job.reference or simulated
-        own = gauges(self.plan, self.store)
-        sizes = {name: nbytes for name, nbytes in tensor_sizes(simulated).items() if name not in own}
+        own = self._own_names()
+        sizes = {name: nbytes for name, nbytes in tensor_sizes(trained).items() if name not in own}
         certificate = certify(program, reference, tensors, sizes, lowering, output)
         certificate = replace(certificate, code_mismatch=code_mismatch(program, simulated, tensors))
         certificate.check()
-        job.target.freeze(clone=True)
+        if plan.quantizations:
+            job.target.freeze(clone=True)
+        else:
+            job.target.own()
         job.target.alias_as(self.store)
-
-        regrow = self._grow
-        assert regrow is not None  # a student is always made with its model at hand
 
         def grow(compressed: GraphModel, training: bool, call: Mapping[str, Any]) -> Program:
             again = Job(plan=plan, target=compressed.store, trains=True)
-            fresh = regrow(self, training, call)
+            fresh = self._recapture(self, training, call, cuts)
             inputs = None if training else verification_inputs(fresh, self.signature, call)
             return replayed(Driver(fresh, inputs), inputs, again)
 
@@ -264,65 +259,15 @@ class Student(Recomputing):
         compressed.add(program)
         return compressed
 
+    def _plan(self) -> Plan:
+        """The edits at this moment; cuts come first."""
+        pruning = self.pacer.pruning
+        return Plan((*(pruning.slices() if pruning is not None else ()), *self.course.plan()))
+
+    def _own_names(self) -> set[str]:
+        """What training keeps in the store besides the model's own tensors."""
+        pruning = self.pacer.pruning
+        return gauges(self.plan, self.store) | (pruning.names() if pruning is not None else set())
+
     def _eval_variant(self) -> Program:
         return next(p for p in self.variants.values() if not p.contract.training)
-
-
-@own_random_state()
-def prepare(
-    model: nn.Module,
-    recipe: RecipeSource = "zeroquant-w8a8",
-    *,
-    inputs: Any = None,
-    teacher: nn.Module | None = None,
-    data: Iterable[Any] | None = None,
-    total_steps: int | None = None,
-    dynamic_shapes: DynamicShapes | None = None,
-) -> Student:
-    """A trainable copy of `model` with the recipe's quantisation simulated; arguments as for `compress`.
-
-    teacher: a model with the same call whose logits `student.loss` learns from, such as `model` itself; it is not
-        copied, trained or saved
-    total_steps: optimizer steps that are planned; a schedule that does not end within them is refused.
-    The student is in the model's mode. Parameters and buffers are clones with the model's names and
-    requires_grad; an empty recipe trains exactly as the model does. Static ranges are observed in training, from
-    those that `data` gives on.
-    """
-    recipe = Recipe.of(recipe)
-    if recipe.prune:
-        raise RecipeError(
-            "pruning while a model trains is not there yet",
-            required="a recipe without prune",
-            found=f"{len(recipe.prune)} pruning rules",
-            cure="compress(model, recipe) prunes a trained model at once",
-        )
-    require_original(model)
-    arguments = as_arguments(model, inputs)
-    signature = Signature.of(model)
-    store = Store.of(model, clone=True)
-    first = capture(model, arguments, store, dynamic_shapes=dynamic_shapes)
-    tensors = verification_inputs(first, signature, arguments)
-    momentum = recipe.calibration.momentum
-    job = Job(rules=recipe.rules(), target=store, trains=True, seed=recipe.seed, momentum=momentum)
-    if data is not None:
-        job.batches, job.observer = calibration_batches(first, signature, recipe, data), recipe.calibration.observer
-    program = prepared(first, tensors, job).program
-    require_effect(job.rules, job.plan, first.log)
-    plan = job.plan or Plan()
-    course = job.course or Course(store, plan.quantizations, {}, recipe.seed)
-
-    def grow(student: GraphModel, training: bool, call: Mapping[str, Any]) -> Program:
-        assert isinstance(student, Student)
-        own = student.store
-        fresh = capture(model, call, own, training=training, dynamic_shapes=dynamic_shapes)
-        again = Job(plan=plan, target=own, trains=True, course=student.course, momentum=momentum)
-        return prepared(fresh, None, again).program
-
-    student = Student.named(model, "Student")(store, plan, signature, grow=grow, attributes=forwarded(model))
-    student.recipe, student.example = recipe, arguments
-    student._teacher = () if teacher is None else (teacher,)
-    student.pacer = Pacer(course, recipe.sensitivity, recipe.adaptive())
-    student.add(program)
-    if total_steps is not None:
-        student.forecast(total_steps).require_end()
-    return student.train(model.training)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ..passes.quantize.schedule import FULL
+from ..passes.schedule import FULL
 from ..runtime.report import trained
 from .charts import curve_chart
 
@@ -23,14 +23,16 @@ def training(run: Mapping[str, Any] | None) -> str:
         "<section>",
         "<h2>Training</h2>",
         f"<p>{escape(trained(run))}.</p>",
-        _figure("Bits on average", curve_chart(bits, end=steps, label="Bits by step", stairs=True, marks=marks)),
     ]
+    if end:
+        chart = curve_chart(bits, end=steps, label="Bits by step", stairs=True, marks=marks)
+        parts.append(_figure("Bits on average", chart))
     if any(loss is not None for _, loss in losses):
         parts.append(_figure("Loss", curve_chart(losses, end=steps, label="Loss by step", marks=marks)))
     rows: list[tuple[str, ...]]
     if run["changes"]:
         rows = [(f"{step:,}", _change(*rest)) for step, *rest in run["changes"]]
-        parts.append(_folded(f"{len(rows)} changes of bits", ("step", "change"), rows))
+        parts.append(_folded(f"{len(rows)} changes", ("step", "change"), rows))
     if run["curvature"] is not None:
         blocks = run["curvature"]["blocks"].items()
         rows = [(name, f"{value:.3g}", str(factor)) for name, (value, factor) in blocks]
@@ -39,6 +41,8 @@ def training(run: Mapping[str, Any] | None) -> str:
 
 
 def _change(before: int, after: int, count: int, kind: str) -> str:
+    if kind not in ("weight", "activation"):
+        return f"{before:,} to {after:,} of {count:,} {kind} stay"
     was = "float" if before == FULL else f"{before} bits"
     return f"{was} to {after} bits, {count} {kind}{'' if count == 1 else 's'}"
 

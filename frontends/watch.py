@@ -20,12 +20,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from ..passes.prune.course import PruneCourse, Thinning
 from ..passes.quantize.course import Course, Drop
-from ..passes.quantize.schedule import FULL, Held
+from ..passes.schedule import FULL, Held
 from ..runtime.report import block_of, size
 from .curvature import CurvatureTable
 from .forecast import forecast
-from .pacing import Pacer
+from .pacing import Change, Pacer
 
 MOST_ROWS = 16
 RENEW_SECONDS = 0.25
@@ -52,7 +53,7 @@ class Watch:
         live: bool | None = None,
         console: Console | None = None,
     ) -> None:
-        self.pacer, self.quiet = pacer, quiet or not pacer.course.weights
+        self.pacer, self.quiet = pacer, quiet or not (pacer.course.weights or pacer.pruning)
         self.total = total_steps if total_steps is not None and total_steps > 0 else None
         self.console = console or Console(file=sys.stderr)
         self._live: Live | None = None
@@ -77,45 +78,46 @@ class Watch:
             self._live.stop()
 
     def _look_ahead(self) -> None:
-        if self.total is None or not self.pacer.course.weights:
+        if self.total is None:
             return
-        ahead = forecast(self.pacer.course, self.total)
-        if ahead.paths and not self.quiet:
+        ahead = forecast(self.pacer.course, self.total, self.pacer.pruning)
+        if (ahead.paths or ahead.ramps) and not self.quiet:
             self.console.print(ahead)
         if ahead.late:
             worst = max(ahead.late, key=lambda path: path.last)
             warnings.warn(
-                f"the schedule reaches {worst.target} bits after {worst.last} steps and the run ends after "
+                f"the schedule reaches {worst.goal} after {worst.last} steps and the run ends after "
                 f"{self.total}; finish() will want early=True",
                 ScheduleWarning,
                 stacklevel=3,
             )
 
-    def _after(self, drops: Sequence[Drop]) -> None:
-        if drops:
+    def _after(self, changes: Sequence[Change]) -> None:
+        if changes:
             self._bytes = self.pacer.nbytes()
         if self.quiet:
             return
-        for line in self._lines(drops):
+        for line in self._lines(changes):
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
         if self._live is not None and time.monotonic() - self._renewed >= RENEW_SECONDS:
             self._renew()
 
-    def _lines(self, drops: Sequence[Drop]) -> Iterator[str]:
-        """What happened in this step: a measurement of curvature, and drops that are alike together."""
+    def _lines(self, changes: Sequence[Change]) -> Iterator[str]:
+        """What happened in this step: a measurement of curvature, drops that are alike together, and cuts."""
         pacer, found = self.pacer, self.pacer.sensitivity
         if found is not None and pacer.measured_at != self._measured_at:
             self._measured_at = pacer.measured_at
             yield f"step {pacer.course.step}: curvature: {CurvatureTable(found, pacer.step_seconds).cost}"
         alike: dict[tuple[int, int, bool], list[Drop]] = defaultdict(list)
-        for drop in drops:
+        for drop in (change for change in changes if isinstance(change, Drop)):
             alike[drop.before, drop.after, drop.of_input].append(drop)
-        loss = pacer.history.loss() if drops else None
-        now = f"{pacer.course.average_bits():.4g} bits on average, {size(self._bytes)}"
-        now += "" if loss is None else f", loss {loss:.4g}"
+        loss = pacer.history.loss() if changes else None
+        now = f"{pacer.course.average_bits():.4g} bits on average, " if pacer.course.weights else ""
+        now += size(self._bytes) + ("" if loss is None else f", loss {loss:.4g}")
         for same in alike.values():
             first, more = same[0], f" and {len(same) - 1} more" if len(same) > 1 else ""
             yield f"{replace(first, fqn=first.fqn + more)} ({now})"
+        yield from (f"{change} ({now})" for change in changes if isinstance(change, Thinning))
 
     def _renew(self) -> None:
         assert self._live is not None
@@ -125,7 +127,9 @@ class Watch:
     def _picture(self) -> Group:
         course, loss = self.pacer.course, self.pacer.history.loss()
         facts = [f"step {course.step}" + (f" of {self.total}" if self.total else "")]
-        facts += [f"{course.average_bits():.4g} bits on average", size(self._bytes)]
+        facts += [f"{course.average_bits():.4g} bits on average"] if course.weights else []
+        facts += [f"{now:,} of {all_:,} {what} stay" for what, now, all_ in staying(self.pacer.pruning)]
+        facts += [size(self._bytes)]
         facts += [] if loss is None else [f"loss {loss:.4g}"]
         found = self.pacer.sensitivity
         cost = [] if found is None else [f"curvature: {CurvatureTable(found, self.pacer.step_seconds).cost}"]
@@ -137,7 +141,7 @@ class Watch:
             table.add_row(*row)
         if len(rows) > MOST_ROWS:
             table.add_row(f"and {len(rows) - MOST_ROWS} more", "", "")
-        return Group(*(Text(line) for line in (", ".join(facts), *cost)), table)
+        return Group(*(Text(line) for line in (", ".join(facts), *cost)), *([table] if rows else []))
 
     def _rows(self) -> Iterator[tuple[str, str, str]]:
         """Neighbouring blocks that are alike share a row."""
@@ -182,6 +186,11 @@ class Watch:
                     break
             self._next[key] = found
         return self._next[key]
+
+
+def staying(pruning: PruneCourse | None) -> list[tuple[str, int, int]]:
+    """What stays by now, as `PruneCourse.staying` tells it."""
+    return [] if pruning is None else pruning.staying()
 
 
 def _bits(course: Course, fqns: Sequence[str]) -> str:

@@ -20,13 +20,16 @@ from .certify import require_real
 from .driver import Driver, Pass
 from .fold import fold_batch_norm, fold_constants
 from .lower import lower
-from .prune.decide import PruneRule, accepted, chosen
+from .prune.course import PruneCourse
+from .prune.decide import PruneRule, accepted, chosen, provable, require_proven
+from .prune.gates import gated
 from .prune.sliced import record, sliced
 from .prune.slices import leaves_of, slices_of
 from .prune.transfer import rule_of
 from .prune.walk import Walk
 from .quantize.calibrate import calibrate, require_calls, static_sites
 from .quantize.course import Course
+from .quantize.cuts import slice_scales
 from .quantize.decide import Pace, QuantizeRule, decide
 from .quantize.insert import insert
 from .quantize.live import Live, floating, place_ranges
@@ -40,6 +43,7 @@ class Job:
     """What passes need beyond the program, and what deciding passes decide.
 
     prunes: pruning rules; slices: the cuts that they come to, None until decided
+    pruning: where they are in training, made before the first mask
     inputs: flat examples, on which a cut is proved
     plan: None until decided; given when a Plan is replayed on another variant
     target: the store of the finished model, which also keeps calibrated ranges between variants
@@ -54,6 +58,7 @@ class Job:
     rules: Sequence[QuantizeRule] = ()
     prunes: Sequence[PruneRule] = ()
     slices: tuple[Slice, ...] | None = None
+    pruning: PruneCourse | None = None
     inputs: Sequence[Sequence[Tensor]] = ()
     plan: Plan | None = None
     target: Store = field(default_factory=Store)
@@ -65,6 +70,16 @@ class Job:
     seed: int = 0
     momentum: float = 0.9
     reference: Program | None = None
+
+    @property
+    def cuts(self) -> tuple[Slice, ...]:
+        """Cuts that are to be replayed."""
+        return () if self.plan is None else self.plan.slices
+
+    @property
+    def prunes_now(self) -> bool:
+        """Whether there is anything to cut or to mask."""
+        return bool(self.cuts) or self.pruning is not None or (self.plan is None and bool(self.prunes))
 
     def wants(self, operator: str) -> bool:
         """Whether anything quantises this operator, so that approximate rules for it are worth their rounding."""
@@ -92,14 +107,21 @@ def _fold_constants(program: Program, job: Job) -> Program:
 
 
 def _prune(program: Program, job: Job) -> Program:
-    """Decided once, and replayed on further variants."""
+    """Decided once, and replayed on further variants; in training masked, and cut when it is over."""
     program.tidy()
     walk = Walk.over(program, rule_of)
+    if job.trains and not job.cuts:
+        if job.pruning is None:
+            job.pruning = PruneCourse(walk, provable(walk, job.prunes, job.inputs))
+        quantized = job.rules if job.plan is None else job.plan.quantizations
+        return gated(program, walk, list(job.pruning.gates.values()), weights=bool(quantized))
     if job.plan is None:
         kept = accepted(walk, chosen(walk, job.prunes), job.inputs)
         job.slices = tuple(slices_of(walk, kept))
     else:
         kept = leaves_of(walk, job.plan.slices)
+        if job.inputs:
+            require_proven(walk, kept, job.inputs)
     sliced(program, walk, kept)
     record(program)
     return program
@@ -156,6 +178,8 @@ def _insert(program: Program, job: Job) -> Program:
     if not job.trains:
         return insert(program, plan)
     sites = static_sites(program, plan.quantizations)
+    if job.cuts:
+        slice_scales(program, job.plan or Plan())
     if job.course is None:
         job.course = Course(program.store, plan.quantizations, job.paces, job.seed)
     require_calls(sites, program.store.calls)
@@ -178,7 +202,7 @@ def _lower(program: Program, job: Job) -> Program:
 
 PREPARE: tuple[Stage, ...] = (
     Stage(name="canonicalize", run=lambda program, job: canonicalize(program), exact=True),
-    Stage(name="prune", run=_prune, needed=lambda program, job: bool(job.plan.slices if job.plan else job.prunes)),
+    Stage(name="prune", run=_prune, needed=lambda program, job: job.prunes_now),
     # A student's buffers change as it trains.
     Stage(name="fold_constants", run=_fold_constants, needed=lambda program, job: not job.trains, exact=True),
     Stage(name="linearize", run=_linearize, needed=lambda program, job: job.wants("linear"), limit=1e-3),

@@ -24,7 +24,9 @@ Measure = Callable[["Compressed"], Mapping[str, Any]]
 
 
 class Compressed(GraphModel):
-    """A compressed model for inference: call it as the original. Its weights are frozen, its inputs may have gradients.
+    """A compressed model: call it as the original. Its inputs may have gradients.
+
+    Weights are frozen where any is quantised; a model that is only pruned trains on, on tensors of its own.
 
     certificate: what it is; recipe: how it was made (plain data); log: every rewrite applied or declined
     measured: latency and other figures taken on some machine, by `report()`, and the course of training; they
@@ -61,8 +63,8 @@ class Compressed(GraphModel):
         return other
 
     def train(self, mode: bool = True) -> Self:
-        """A finished model has no training mode (an empty recipe's has): integers have no gradient."""
-        if mode and len(self.plan):
+        """A quantised model has no training mode: integers have no gradient. One that is only pruned trains on."""
+        if mode and self.plan.quantizations:
             raise DwindleError(
                 "a compressed model cannot be trained",
                 required="eval mode",
@@ -73,7 +75,7 @@ class Compressed(GraphModel):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Move to a device; another dtype is refused, since the operators give the one they were made for."""
-        if len(self.plan) and fn(torch.zeros(1, dtype=self.dtype)).dtype is not self.dtype:
+        if self.plan.quantizations and fn(torch.zeros(1, dtype=self.dtype)).dtype is not self.dtype:
             raise DwindleError(
                 "a compressed model keeps its dtype",
                 required=self.dtype,
@@ -84,7 +86,7 @@ class Compressed(GraphModel):
 
     def _run(self, program: Program, tensors: Sequence[Tensor]) -> Any:
         """A call that wants the gradient of an input is served by a second form of the graph, made on first use."""
-        if len(self.plan) and wants_gradient(*tensors):
+        if self.plan.quantizations and wants_gradient(*tensors):
             program = self._differentiable.get(program.contract.key) or self._made_differentiable(program)
         return program.module(*tensors)
 

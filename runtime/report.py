@@ -81,7 +81,8 @@ class Report(Printed):
     """Facts about one compressed model; `print(report)` shows them, `to_json()` gives everything.
 
     measured: {"latency": [{"batch", "eager_p50", "eager_p95", "p50", "p95"}, ...] in seconds, "machine": ...,
-        "training": {"steps", "bits": (first, last), "curve": [(step, loss, bits), ...], "changes", "curvature"}}
+        "training": {"steps", "bits": (first, last), "curve": [(step, loss, bits), ...], "changes", "curvature",
+            "kept": [(what is pruned, indices that stay, of how many), ...]}}
     """
 
     certificate: Certificate
@@ -249,7 +250,8 @@ def size(count: int) -> str:
 def trained(training: Mapping[str, Any]) -> str:
     """What was done in training, in one line."""
     first, last = training["bits"]
-    parts = [f"{training['steps']:,} steps, {first:.4g} -> {last:.4g} bits on average"]
+    parts = [f"{training['steps']:,} steps" + (f", {first:.4g} -> {last:.4g} bits on average" if last else "")]
+    parts += [f"{now:,} of {total:,} {what} stay" for what, now, total in training.get("kept", ())]
     losses = [loss for _, loss, _ in training["curve"] if loss is not None]
     if losses:
         parts.append(f"loss {losses[0]:.4g} -> {losses[-1]:.4g}")

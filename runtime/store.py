@@ -30,7 +30,7 @@ class Store(nn.Module):
         self.forms: dict[str, str] = {}
         self.calls: dict[str, int] = {}
         self.borrows = False
-        self.adopts: Literal["as it is", "frozen", "cloned"] = "as it is"
+        self.adopts: Literal["as it is", "frozen", "cloned", "owned"] = "as it is"
 
     @staticmethod
     def of(model: nn.Module, *, clone: bool = False) -> Store:
@@ -123,10 +123,10 @@ class Store(nn.Module):
         return name
 
     def adopt(self, name: str, tensor: Tensor, *, persistent: bool) -> None:
-        """`put` a tensor of another store, frozen or cloned as `freeze` did with what was here before."""
-        if self.adopts == "cloned":
+        """`put` a tensor of another store, frozen or cloned as `freeze` and `own` did with what was here before."""
+        if self.adopts in ("cloned", "owned"):
             tensor = _clone(tensor)
-        if self.adopts != "as it is" and isinstance(tensor, nn.Parameter):
+        if self.adopts in ("frozen", "cloned") and isinstance(tensor, nn.Parameter):
             tensor = nn.Parameter(tensor.detach(), requires_grad=False)
         self.put(name, tensor, persistent=persistent)
 
@@ -146,6 +146,13 @@ class Store(nn.Module):
                     module._parameters[name] = nn.Parameter(data, requires_grad=False)
             if clone and not isinstance(module, QTensor):
                 module._buffers.update({n: b.clone() for n, b in module._buffers.items() if b is not None})
+
+    def own(self) -> None:
+        """Clones in place of all tensors, which take gradients as those did."""
+        self.adopts = "owned"
+        for name, value in list(self.entries()):
+            if isinstance(value, Tensor):
+                self.put(name, _clone(value), persistent=self.is_persistent(name))
 
     def entries(self) -> Iterator[tuple[str, Tensor | QTensor]]:
         """Everything stored, once: parameters, buffers, and QTensors whole."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dwindle.frontends.capture import capture
 from dwindle.frontends.inputs import as_arguments, flat_batches
@@ -42,3 +43,36 @@ def random_cut(groups: Sequence[Group], ratio: float, seed: int = 0) -> dict[Ato
         mask[torch.randperm(group.size, generator=generator)[: max(1, stay)]] = True
         found[group.leaf] = mask
     return found
+
+
+class Block(nn.Module):
+    """Attention of 4 heads and a feed-forward of 4 times the width, each before a residual sum."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.before, self.between = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.before(x)
+        q, k, v = (linear(y).unflatten(-1, (4, -1)).transpose(1, 2) for linear in (self.q, self.k, self.v))
+        x = x + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+        return x + self.down(F.gelu(self.up(self.between(x))))
+
+
+class Transformer(nn.Module):
+    """Two blocks of width 32, (N, L, 10) to (N, L, 3); always the same numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.first, self.norm, self.last = nn.Linear(10, 32), nn.LayerNorm(32), nn.Linear(32, 3)
+            self.blocks = nn.ModuleList([Block(32) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.last(self.norm(x))

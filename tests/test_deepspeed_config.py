@@ -42,7 +42,7 @@ from dwindle.frontends.deepspeed.sections import (
     WeightQuantization,
     drops,
 )
-from dwindle.passes.quantize.schedule import MoQ
+from dwindle.passes.schedule import MoQ
 from dwindle.runtime.errors import RecipeError
 
 PRUNING = ("sparse_pruning", "row_pruning", "head_pruning", "channel_pruning")

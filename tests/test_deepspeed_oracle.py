@@ -18,8 +18,8 @@ from deepspeed_configs import JSON, bits, engine, falling, layers, weights
 from torch import Tensor, nn
 
 import dwindle.deepspeed as ours
-from dwindle.passes.quantize.schedule import MoQ
 from dwindle.passes.quantize.twins import Twin
+from dwindle.passes.schedule import MoQ
 from dwindle.runtime import numerics
 from dwindle.runtime.scheme import Scheme
 

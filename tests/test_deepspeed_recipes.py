@@ -13,7 +13,7 @@ from models import ZOO
 
 import dwindle
 from dwindle.frontends.recipe import Recipe
-from dwindle.passes.quantize.schedule import Constant, MoQ
+from dwindle.passes.schedule import Constant, MoQ
 from dwindle.runtime.errors import RecipeError
 from dwindle.runtime.qtensor import QTensor
 

@@ -83,6 +83,7 @@ EXAMPLES: dict[str, list[tuple[Any, ...]]] = {
         (X.round().requires_grad_(), torch.rand(3, 1), random(5, 12).requires_grad_(), scale, random(5))
         for scale in (torch.rand(5), torch.rand(()), None)
     ],
+    "keep_top": [(random(*shape).requires_grad_(), torch.tensor(k)) for shape in ((12,), (5, 4)) for k in (0, 3, 99)],
     "observe_range_": [(torch.zeros(2), X, 0.9), (torch.tensor([-1.0, 1.0]), X.bfloat16(), 0.9)],
     "quantize_dynamic": [(X, "token"), (X, "tensor"), (random(2, 3, 5).half(), "token"), (X, "image", 4)],
     "quantize_asymmetric": [(X, "token"), (X, "tensor", 4), (random(2, 3, 5).half(), "image")],

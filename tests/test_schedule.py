@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dwindle.passes.quantize.adaptive import Budget, Candidate, Controller
-from dwindle.passes.quantize.schedule import FULL, Constant, Cosine, Linear, MoQ, Schedule
+from dwindle.passes.schedule import FULL, SHAPES, Constant, Gliding, MoQ, Ramp, Schedule, Shape
 from dwindle.runtime.errors import RecipeError
 
 
@@ -48,13 +48,13 @@ def test_an_offset_comes_first() -> None:
     fall=st.integers(0, 14),
     length=st.integers(1, 200),
     offset=st.integers(0, 20),
-    kind=st.sampled_from([Linear, Cosine]),
+    shape=st.sampled_from(SHAPES),
 )
 def test_gliding_schedules_fall_steadily_and_end_in_time(
-    start: int, fall: int, length: int, offset: int, kind: type[Linear]
+    start: int, fall: int, length: int, offset: int, shape: Shape
 ) -> None:
     target = max(1, start - fall)
-    schedule = kind(start_bits=start, length=length, offset=offset)
+    schedule = Gliding(start_bits=start, length=length, offset=offset, shape=shape)
     found = steps(schedule, target, offset + length + 5)
     bits = [b for _, b in found]
     assert bits == sorted(bits, reverse=True)
@@ -72,7 +72,10 @@ def test_mixing_starts_again_at_each_drop() -> None:
     assert schedule.settled(now, 3)
 
 
-@given(st.integers(0, 60), st.sampled_from([MoQ(start_bits=9, period=3), Cosine(start_bits=9, length=30, change=0.1)]))
+@given(
+    st.integers(0, 60),
+    st.sampled_from([MoQ(start_bits=9, period=3), Gliding(start_bits=9, length=30, change=0.1, shape="cosine")]),
+)
 def test_a_schedule_is_its_state(cut: int, schedule: Schedule) -> None:
     whole = resumed = schedule.begin(4)
     for step in range(1, cut + 1):
@@ -89,7 +92,7 @@ def test_a_schedule_is_its_state(cut: int, schedule: Schedule) -> None:
         lambda: MoQ(start_bits=6).check(8),
         lambda: MoQ(period=-1),
         lambda: MoQ(start_bits=17),
-        lambda: Linear(length=0),
+        lambda: Gliding(length=0),
         lambda: Constant(offset=-1),
         lambda: Constant(change=1.5),
         lambda: Budget(),
@@ -162,3 +165,32 @@ def test_a_controller_is_its_plain_data() -> None:
             each.observe(loss)
     assert first.judge() == second.judge() == ("a",)
     assert first.to_json() == second.to_json()
+
+
+@given(start=st.integers(2, 16), fall=st.integers(0, 14), length=st.integers(1, 500))
+def test_an_even_schedule_is_exact_in_integers(start: int, fall: int, length: int) -> None:
+    target = max(1, start - fall)
+    schedule, now = Gliding(start_bits=start, length=length), Gliding(start_bits=start, length=length).begin(target)
+    for step in range(1, length + 1):
+        now = schedule.advance(now, target, step)
+        assert now.bits == start - (start - target) * step // length
+
+
+@given(offset=st.integers(0, 20), length=st.integers(0, 50), every=st.integers(1, 20), shape=st.sampled_from(SHAPES))
+def test_a_ramp_rises_to_the_whole_at_its_last_move(offset: int, length: int, every: int, shape: Shape) -> None:
+    ramp = Ramp(offset=offset, length=length, every=every, shape=shape)
+    parts = [ramp.part(step) for step in range(ramp.last + 5)]
+    assert parts == sorted(parts)
+    assert not any(parts[:offset])
+    assert all(part == 1 for part in parts[ramp.last :])
+    for step in range(1, len(parts)):
+        assert parts[step] == parts[step - 1] or ramp.moves(step), step
+        ahead = [later for later in range(step, ramp.last + 1) if ramp.moves(later)]
+        assert ramp.until_move(step) == (ahead[0] - step if ahead else None)
+    assert ramp.moves(ramp.last)
+    assert not ramp.moves(ramp.last + 1)
+
+
+def test_a_cubic_ramp_is_that_of_zhu_and_gupta() -> None:
+    ramp = Ramp(offset=10, length=100, every=10)
+    assert [round(ramp.part(step), 3) for step in (9, 10, 20, 29, 60, 110)] == [0, 0, 0.271, 0.271, 0.875, 1]

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import dwindle
-from dwindle.passes.quantize.schedule import FULL
+from dwindle.passes.schedule import FULL
 from dwindle.runtime.errors import CalibrationError, RecipeError, ScheduleError, SchemeError
 from dwindle.runtime.qtensor import QTensor
 

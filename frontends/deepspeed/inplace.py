@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ...passes.quantize.course import Course, Drop
+from ...passes.quantize.course import Course
 from ...passes.quantize.decide import decided
 from ...passes.quantize.twins import Simulation, Twin, become_twin, read_modules, twins_of
 from ...runtime.errors import RecipeError, ScheduleError
@@ -27,7 +27,7 @@ from ...runtime.plan import Plan
 from ...runtime.qtensor import QTensor
 from ...runtime.store import Store
 from ..compress import require_effect, require_original
-from ..pacing import Pacer, really_stepped
+from ..pacing import Change, Pacer, really_stepped
 from ..recipe import Recipe
 
 
@@ -63,8 +63,8 @@ class InPlace:
 
     def __init__(self, model: nn.Module, recipe: Recipe, twins: Mapping[str, Sequence[Twin]], course: Course) -> None:
         self.recipe, self.twins, self.store = recipe, {fqn: tuple(t) for fqn, t in twins.items()}, course.store
-        self.pacer = Pacer(course, recipe.sensitivity, recipe.adaptive())
-        self.drops: list[Drop] = []
+        self.pacer = Pacer(course, None, recipe.sensitivity, recipe.adaptive())
+        self.drops: list[Change] = []
         self._last: tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None = None
         self._loss: Tensor | None = None
         self._round: set[int] = set()

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import fnmatch
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
-from ...runtime.errors import RecipeError
+from ...runtime.errors import PassError, RecipeError
 from ...runtime.program import Entry
+from ..schedule import AT_A_STROKE, Ramp
 from . import cost
 from .axes import Atom
-from .choose import Cost, local, to_target
+from .choose import Cost, Scores, local, to_target
 from .groups import KINDS, Group, Kind, find_groups
 from .keep import Kept
 from .proof import LIMIT, proven
-from .score import Method, score
+from .score import Method, lowest, score
 from .walk import Walk
 
 STAGE = "prune"
@@ -33,6 +33,7 @@ class PruneRule:
     kinds: heads, rows, channels, hidden, experts; modules: globs over the paths of the modules that a group cuts
     inner: also what lies inside another prunable atom, such as the size of a head
     multiple: of it widths are; least: groups with fewer indices stay
+    ramp: when, in training
     """
 
     ratio: float = 0.0
@@ -44,6 +45,7 @@ class PruneRule:
     multiple: int = 1
     least: int = 2
     seed: int = 0
+    ramp: Ramp = AT_A_STROKE
 
     def selects(self, group: Group) -> bool:
         """Whether a group is meant: every rule takes a group whole."""
@@ -53,25 +55,39 @@ class PruneRule:
         return any(fnmatch.fnmatchcase(owner, glob) for owner in owners for glob in self.modules)
 
 
-def chosen(walk: Walk, rules: Sequence[PruneRule], gradients: Mapping[str, Tensor] | None = None) -> dict[Atom, Tensor]:
-    """What is kept of each leaf that loses something. Raises RecipeError for a rule that selects nothing."""
+def selected(walk: Walk, rules: Sequence[PruneRule]) -> dict[PruneRule, list[Group]]:
+    """The groups of each rule; the last rule that selects a group has it.
+
+    Raises RecipeError for a rule that selects nothing.
+    """
     groups = find_groups(walk)
-    taken: dict[PruneRule, list[Group]] = defaultdict(list)
+    taken: dict[PruneRule, list[Group]] = {rule: [] for rule in rules}
     for group in groups:
         rule = next((rule for rule in reversed(rules) if rule.selects(group)), None)
         if rule is not None and not group.reason:
             taken[rule].append(group)
-    kept: dict[Atom, Tensor] = {}
-    for rule in rules:
-        own = taken[rule]
+    for rule, own in taken.items():
         if not own:
             raise _nothing(rule, groups)
-        scores = {g.leaf: score(walk, g, rule.score, gradients, rule.seed) for g in own}
-        if rule.target is None:
-            kept |= local(own, scores, rule.ratio, rule.multiple)
-        else:
-            measure, left = rule.target
-            kept |= to_target(own, scores, _cost(walk, measure), left, rule.multiple)
+    return taken
+
+
+def choose(
+    walk: Walk, rule: PruneRule, groups: Sequence[Group], scores: Scores, part: float = 1.0
+) -> dict[Atom, Tensor]:
+    """What is kept of each leaf that loses something, by the groups' scores. part: of the pruning, in training."""
+    if rule.target is None:
+        return local(groups, scores, rule.ratio * part, rule.multiple)
+    measure, left = rule.target
+    return to_target(groups, scores, _cost(walk, measure), 1 - (1 - left) * part, rule.multiple)
+
+
+def chosen(walk: Walk, rules: Sequence[PruneRule], gradients: Mapping[str, Tensor] | None = None) -> dict[Atom, Tensor]:
+    """What is kept of each leaf that loses something, for all rules. Raises RecipeError as `selected` does."""
+    kept: dict[Atom, Tensor] = {}
+    for rule, groups in selected(walk, rules).items():
+        scores = {g.leaf: score(walk, g, rule.score, gradients, rule.seed) for g in groups}
+        kept |= choose(walk, rule, groups, scores)
     return kept
 
 
@@ -113,6 +129,44 @@ def accepted(walk: Walk, kept: Kept, batches: Sequence[Sequence[Tensor]]) -> dic
     smaller, larger = sorted(halves, key=len)
     _decline(walk, smaller, "right alone, but not together with others")
     return larger
+
+
+def require_proven(walk: Walk, kept: Kept, batches: Sequence[Sequence[Tensor]]) -> None:
+    """Raise PassError where the masked graph does not equal the sliced one."""
+    error = proven(walk, kept, batches) if kept else 0.0
+    if error > LIMIT:
+        raise PassError(
+            "what was masked in training is not what is cut",
+            required=f"at most {LIMIT:.2g} between the masked and the sliced graph in float64",
+            found=f"{error:.2g}",
+            cure="report this with the model's config",
+        )
+
+
+def provable(
+    walk: Walk, rules: Sequence[PruneRule], batches: Sequence[Sequence[Tensor]]
+) -> dict[PruneRule, list[Group]]:
+    """The groups of each rule that are right to cut, tried with a random half of each; for training to choose from.
+
+    Raises RecipeError for a rule that selects nothing, or nothing that is right.
+    """
+    taken = selected(walk, rules)
+    trial = {
+        group.leaf: lowest(score(walk, group, "random"), max(1, group.size // 2))
+        for groups in taken.values()
+        for group in groups
+    }
+    right = accepted(walk, trial, batches)
+    for rule, groups in taken.items():
+        taken[rule] = [group for group in groups if group.leaf in right]
+        if not taken[rule]:
+            raise RecipeError(
+                "a pruning rule finds nothing that can be cut",
+                required=f"groups of {', '.join(rule.kinds)} whose masked graph equals the sliced one",
+                found=f"none of {len(groups)}",
+                cure="report this with the model's config",
+            )
+    return taken
 
 
 def _decline(walk: Walk, kept: Kept, reason: str) -> None:

@@ -68,7 +68,9 @@ class Masks:
         return self.leaf(atom, before) if atom in self.of else self._ones(atom.size)
 
     def _ones(self, n: int) -> fx.Node:
-        return self.program.emit(aten.ones.default, [n], like=self.anchor)
+        """On the device that the others are on."""
+        beside = self.leaf(next(iter(self.of)), self.anchor)
+        return self.program.emit(aten.new_ones.default, beside, [n], like=self.anchor)
 
     def beside(self, axis: Axis, x: fx.Node, dim: int) -> fx.Node:
         """The mask of an axis as it multiplies dimension `dim` (negative) of x, in x's dtype."""
@@ -83,9 +85,9 @@ class Masks:
         return self._shaped[key]
 
 
-def masked(program: Program, walk: Walk, of: Kept, leaf: LeafMask) -> Program:
-    """Mask every ending, in place. `walk` is that of this very program."""
-    masks = Masks(program, of, leaf)
+def masked(walk: Walk, masks: Masks) -> Program:
+    """Mask every ending, in place. `walk` and `masks` are those of this very program."""
+    program, of = masks.program, masks.of
     ended: dict[fx.Node, list[tuple[Ending, Axis]]] = defaultdict(list)
     for ending in walk.endings:
         axis = walk[operand(ending)][ending.dim]

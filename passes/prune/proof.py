@@ -18,7 +18,7 @@ from ...runtime.store import Store
 from ..match import full_args
 from .axes import Atom
 from .keep import Kept
-from .masked import masked
+from .masked import Masks, masked
 from .sliced import sliced
 from .walk import Walk
 
@@ -41,7 +41,7 @@ def proven(walk: Walk, of: Kept, batches: Sequence[Sequence[Tensor]], seed: int 
     def mask_node(leaf: Atom, before: fx.Node) -> fx.Node:
         return full.get_attr(f"{MASK}_{leaf_numbers[leaf]}", before)
 
-    masked(full, walk.on(full), of, mask_node)
+    masked(walk.on(full), Masks(full, of, mask_node))
     sliced(cut, walk.on(cut), of)
     return max(_apart(full, cut, batch, seed) for batch in batches)
 

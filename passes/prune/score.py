@@ -6,6 +6,7 @@
     fisher       sum (w g)^2, the diagonal of the empirical Fisher matrix in place of the Hessian (Theis et al. 2018)
     scale        |gamma| of the norms in the group alone (Liu et al. 2017, arXiv 1708.06519)
     random       by a seed
+    movement     learned in training with a straight-through estimator (Sanh et al. 2020, arXiv 2005.07683); `gates`
 
 w runs over all stored numbers that an index holds, g is the gradient of the loss by them.
 """
@@ -24,8 +25,7 @@ from .axes import Atom, Axis, norm, size
 from .groups import Group
 from .walk import Walk
 
-Method = Literal["l1", "l2", "taylor", "fisher", "scale", "random"]
-METHODS: tuple[Method, ...] = ("l1", "l2", "taylor", "fisher", "scale", "random")
+Method = Literal["l1", "l2", "taylor", "fisher", "scale", "random", "movement"]
 WITH_GRADIENT: tuple[Method, ...] = ("taylor", "fisher")
 
 
@@ -53,8 +53,16 @@ def score(
 ) -> Tensor:
     """fp64 (n,): the score of each index of a group; the least go first.
 
-    gradients: by stored name, for methods that want them. Raises RecipeError where they are missing.
+    gradients: by stored name, for methods that want them. Raises RecipeError where they are missing, and for scores
+    that only training gives.
     """
+    if method == "movement":
+        raise RecipeError(
+            "pruning by movement is learned",
+            required="training: prepare(model, recipe)",
+            found="compress()",
+            cure="prepare the model and train it, or choose a score of the weights: l1, l2, scale",
+        )
     if method == "random":
         digest = hashlib.sha256(f"{seed} {group.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:6], "big"))

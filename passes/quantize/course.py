@@ -21,9 +21,9 @@ from ...runtime.errors import ScheduleError
 from ...runtime.plan import Plan, Quantize
 from ...runtime.scheme import Scheme
 from ...runtime.store import Store
+from ..schedule import FULL, Held, Precision
 from .decide import Pace
 from .live import Gauge
-from .schedule import FULL, Held, Precision
 
 WIDEST = 8  # bits that a finished weight can have
 

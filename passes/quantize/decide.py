@@ -22,7 +22,7 @@ from ...runtime.program import Entry, Program
 from ...runtime.qtensor import packed_nbytes, require_finite
 from ...runtime.scheme import Scheme
 from ...runtime.store import Store
-from .schedule import AT_ONCE, Schedule
+from ..schedule import AT_ONCE, Schedule
 from .sites import Reading, Use, reading
 
 STAGE = "decide"

@@ -33,10 +33,10 @@ from ...runtime.plan import Plan, Quantize, input_scale_name, input_zero_name, o
 from ...runtime.program import Program
 from ...runtime.scheme import Scheme
 from ...runtime.store import Store
+from ..schedule import FULL, Precision, Schedule
 from .calibrate import Static, calibrate, static_sites
 from .insert import CALL, SITE, Met
 from .observers import MakeObserver
-from .schedule import FULL, Precision, Schedule
 from .sites import Site, readers
 from .steps import as_values
 

@@ -18,6 +18,9 @@ aten = torch.ops.aten
 
 OPERATORS = ("linear", "embedding", "conv1d", "conv2d")
 
+# On the product of a stored weight and a mask: what reads it reads the weight.
+MASKED = "dwindle_masked"
+
 
 @dataclass(frozen=True)
 class Site:
@@ -88,11 +91,18 @@ def find_sites(program: Program) -> list[Site]:
 
 
 def readers(program: Program, fqn: str) -> Iterator[fx.Node]:
-    """Every call that reads the stored tensor `fqn`, past a transposition."""
+    """Every call that reads the stored tensor `fqn`, past masks and a transposition."""
     for node in program.graph.nodes:
         if program.tensor_of(node) == fqn:
-            for user in node.users:
-                yield from user.users if _is_transpose(user) else (user,)
+            yield from _readers(node)
+
+
+def _readers(node: fx.Node) -> Iterator[fx.Node]:
+    for user in node.users:
+        if _is_transpose(user) or (MASKED in user.meta and user.args[0] is node):
+            yield from _readers(user)
+        else:
+            yield user
 
 
 def reading(program: Program) -> Reading:
@@ -127,13 +137,16 @@ def _site(program: Program, node: fx.Node) -> Site | None:
             weight = node.args[position]
             if not isinstance(weight, fx.Node):
                 return None
-            source = weight.args[0] if _is_transpose(weight) else weight
+            transposed = _is_transpose(weight)
+            source = weight.args[0] if transposed else weight
+            while isinstance(source, fx.Node) and MASKED in source.meta:
+                source = source.args[0]
             fqn = program.tensor_of(source)
             if fqn is None or not isinstance(program.store.get(fqn), torch.nn.Parameter):
                 return None
             path = compat.module_path(node)
             own = (name for name in program.store.names_of(fqn) if name.rpartition(".")[0] == path)
-            return Site(node, operator, fqn, weight, source is not weight, path, next(own, fqn))
+            return Site(node, operator, fqn, weight, transposed, path, next(own, fqn))
     return None
 
 

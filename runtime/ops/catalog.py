@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .dequantize import DEQUANTIZE
+from .keep_top import KEEP_TOP
 from .operator import NAMESPACE, Operator
 from .qconv2d import QCONV2D
 from .qembedding import QEMBEDDING
@@ -13,7 +14,7 @@ from .quantize import FAKE_QUANTIZE, QUANTIZE_ASYMMETRIC, QUANTIZE_DYNAMIC, QUAN
 from .steps import LINEAR_OF_STEPS, STEPS_LEARNED, STEPS_LIVE, STEPS_RANGED
 from .training import FAKE_QUANTIZE_LEARNED, FAKE_QUANTIZE_LIVE, FAKE_QUANTIZE_RANGED, OBSERVE_RANGE
 
-# Operators that simulate quantisation in floating point; none may remain in a finished graph.
+# Operators that simulate quantisation or pruning in floating point; none may remain in a finished graph.
 SIMULATED: tuple[Operator, ...] = (
     FAKE_QUANTIZE,
     FAKE_QUANTIZE_LIVE,
@@ -24,6 +25,7 @@ SIMULATED: tuple[Operator, ...] = (
     STEPS_RANGED,
     STEPS_LEARNED,
     LINEAR_OF_STEPS,
+    KEEP_TOP,
 )
 
 OPS: tuple[Operator, ...] = (

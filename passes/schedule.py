@@ -1,11 +1,14 @@
-"""How many bits a weight has at each step of training: pure values, no tensors.
+"""How many bits a weight has, and what part of a pruning is done, at each step of training: pure values, no tensors.
 
-    q        completed optimizer steps since `offset`; before that the weight is in full precision
+    q           completed optimizer steps since `offset`; before that nothing is quantised or cut
+    left(t)     of the way at q = t length      linear 1 - t      cosine (1 + cos(pi t)) / 2      cubic (1 - t)^3
+
     constant    target bits
     moq         start bits, one less when q >= T; then T <- 2 T f         so drops are at q = P, 2 P f, 4 P f^2, ...
-    linear      start - floor((start - target) q / length)
-    cosine      target + ceil((start - target) (1 + cos(pi q / length)) / 2)
+    gliding     target + ceil((start - target) left)
     mixing      r = max(0, 1 - c (q - q_drop)): the part of the weight that is still float after a drop
+    ramp        1 - left, in moves `every` steps apart: what is cut of what will be (cubic: Zhu & Gupta 2017,
+                arXiv 1710.01878, equation 1)
 
 P is the period, f = 1 + floor(4 lambda / lambda_max) a layer's factor by curvature. MoQ as in DeepSpeed 0.19.6
 (runtime/quantize.py): a period of 0 drops a bit at every step. There c counts down one number for all layers, here
@@ -16,12 +19,23 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
-from ...runtime.errors import RecipeError
+from ..runtime.errors import RecipeError
 
 FULL = 32  # bits of a weight that is not quantised yet
+
+Shape = Literal["linear", "cosine", "cubic"]
+
+# What is left of the way at a part t of the time.
+_LEFT: dict[Shape, Callable[[float], float]] = {
+    "linear": lambda t: 1 - t,
+    "cosine": lambda t: (1 + math.cos(math.pi * t)) / 2,
+    "cubic": lambda t: (1 - t) ** 3,
+}
+SHAPES: tuple[Shape, ...] = get_args(Shape)
 
 
 def _require(holds: bool, what: str, required: str, found: object) -> None:
@@ -188,9 +202,10 @@ class Held(Falling):
 
 @dataclass(frozen=True, kw_only=True)
 class Gliding(Falling):
-    """From start to target within `length` steps."""
+    """From start to target within `length` steps: evenly, slow at both ends, or quick at first."""
 
     length: int = 1000
+    shape: Shape = "linear"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -199,21 +214,50 @@ class Gliding(Falling):
     def last(self, target: int, factor: int = 1) -> int:
         return self.offset + self.length + self._mixed_out()
 
-
-@dataclass(frozen=True, kw_only=True)
-class Linear(Gliding):
-    """Equal steps of time between drops."""
-
     def _after(self, now: Precision, target: int, q: int, factor: int) -> Precision:
-        fallen = (self.start_bits - target) * min(q, self.length) // self.length
-        return replace(now, bits=self.start_bits - fallen)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cosine(Gliding):
-    """Slow at both ends."""
-
-    def _after(self, now: Precision, target: int, q: int, factor: int) -> Precision:
-        left = (1 + math.cos(math.pi * min(q, self.length) / self.length)) / 2
-        # Rounding of cos must not keep the last bit.
+        left = _LEFT[self.shape](min(q, self.length) / self.length)
+        # Rounding of a part of the way must not keep the last bit.
         return replace(now, bits=target + math.ceil((self.start_bits - target) * left - 1e-9))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ramp:
+    """How a pruning comes about: nothing before `offset`, all of it `length` steps later, moves `every` steps apart."""
+
+    offset: int = 0
+    length: int = 0
+    every: int = 1
+    shape: Shape = "cubic"
+
+    def __post_init__(self) -> None:
+        _require(self.offset >= 0, "offset", ">= 0", self.offset)
+        _require(self.length >= 0, "length", ">= 0 steps", self.length)
+        _require(self.every >= 1, "every", ">= 1 step", self.every)
+
+    @property
+    def last(self) -> int:
+        """The step of the last move."""
+        return self.offset + self.length
+
+    def part(self, step: int) -> float:
+        """After `step` steps: 0 to 1 of the pruning."""
+        q = step - self.offset
+        if q < 0 or q >= self.length:
+            return float(q >= 0)
+        return 1 - _LEFT[self.shape]((q - q % self.every) / self.length)
+
+    def moves(self, step: int) -> bool:
+        """Whether what is cut is chosen anew after `step` steps."""
+        q = step - self.offset
+        return q == self.length or (0 <= q < self.length and q % self.every == 0)
+
+    def until_move(self, step: int) -> int | None:
+        """Steps from `step` to the next move; None after the last."""
+        if step > self.last:
+            return None
+        if step <= self.offset:
+            return self.offset - step
+        return min(self.last - step, -(step - self.offset) % self.every)
+
+
+AT_A_STROKE = Ramp()

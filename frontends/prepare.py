@@ -1,0 +1,101 @@
+"""prepare: from a model and a recipe to a student."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from ..passes.pipeline import Job
+from ..passes.quantize.course import Course
+from ..passes.quantize.cuts import require_cuttable
+from ..runtime.contract import Signature
+from ..runtime.model import GraphModel
+from ..runtime.plan import Plan
+from ..runtime.program import Program
+from ..runtime.randomness import own_random_state
+from ..runtime.store import Store
+from .capture import DynamicShapes, capture
+from .compress import (
+    RecipeSource,
+    calibration_batches,
+    forwarded,
+    prepared,
+    proof_inputs,
+    require_effect,
+    require_original,
+    verification_inputs,
+)
+from .inputs import as_arguments
+from .pacing import Pacer
+from .recipe import Recipe
+from .student import Student
+
+
+@own_random_state()
+def prepare(
+    model: nn.Module,
+    recipe: RecipeSource = "zeroquant-w8a8",
+    *,
+    inputs: Any = None,
+    teacher: nn.Module | None = None,
+    data: Iterable[Any] | None = None,
+    total_steps: int | None = None,
+    dynamic_shapes: DynamicShapes | None = None,
+) -> Student:
+    """A trainable copy of `model` with the recipe's quantisation and pruning simulated; arguments as for `compress`.
+
+    teacher: a model with the same call whose logits `student.loss` learns from, such as `model` itself; it is not
+        copied, trained or saved
+    total_steps: optimizer steps that are planned; a schedule that does not end within them is refused.
+    The student is in the model's mode. Parameters and buffers are clones with the model's names and
+    requires_grad; an empty recipe trains exactly as the model does. Static ranges are observed in training, from
+    those that `data` gives on. What pruning will cut is masked, and chosen anew as its schedule says; it was proved
+    beforehand that what is masked can be cut. Raises what `compress` does, and ScheduleError.
+    """
+    recipe = Recipe.of(recipe)
+    require_original(model)
+    arguments = as_arguments(model, inputs)
+    signature = Signature.of(model)
+    store = Store.of(model, clone=True)
+    first = capture(model, arguments, store, dynamic_shapes=dynamic_shapes)
+    tensors = verification_inputs(first, signature, arguments)
+    momentum = recipe.calibration.momentum
+    job = Job(rules=recipe.rules(), target=store, trains=True, seed=recipe.seed, momentum=momentum)
+    job.prunes, job.inputs = recipe.prunes(), proof_inputs(first, tensors)
+    if data is not None:
+        job.batches, job.observer = calibration_batches(first, signature, recipe, data), recipe.calibration.observer
+    program = prepared(first, tensors, job).program
+    require_effect(job.rules, job.plan, first.log)
+    plan = job.plan or Plan()
+    course = job.course or Course(store, plan.quantizations, {}, recipe.seed)
+    if job.pruning is not None:
+        pruning, plain = job.pruning, job.reference or program
+        require_cuttable(plain, plan, pruning.cut_names(), pruning.final_shape)
+        pruning.begin()
+
+    def recapture(student: Student, training: bool, call: Mapping[str, Any], cuts: Plan | None) -> Program:
+        own = student.store if cuts is None else student.store.fork()
+        fresh = capture(model, call, own, training=training, dynamic_shapes=dynamic_shapes)
+        again = Job(
+            plan=plan if cuts is None else cuts, target=own, trains=True, course=student.course, momentum=momentum
+        )
+        if cuts is None:
+            again.pruning = student.pacer.pruning
+        elif not training:
+            again.inputs = proof_inputs(fresh, verification_inputs(fresh, signature, call))
+        return prepared(fresh, None, again).program
+
+    def grow(student: GraphModel, training: bool, call: Mapping[str, Any]) -> Program:
+        assert isinstance(student, Student)
+        return recapture(student, training, call, None)
+
+    student = Student.named(model, "Student")(store, plan, signature, grow=grow, attributes=forwarded(model))
+    student.recipe, student.example, student._recapture = recipe, arguments, recapture
+    student._teacher = () if teacher is None else (teacher,)
+    student.pacer = Pacer(course, job.pruning, recipe.sensitivity, recipe.adaptive())
+    student.add(program)
+    if total_steps is not None:
+        student.forecast(total_steps).require_end()
+    return student.train(model.training)
