@@ -68,6 +68,7 @@ def compress(
     batches = calibration_batches(captured, signature, recipe, data)
     job = Job(rules=rules, target=target, batches=batches, observer=recipe.calibration.observer)
     job.prunes, job.inputs = recipe.prunes(), proof_inputs(captured, tensors)
+    job.sparsifies = recipe.sparsifies()
     driver = prepared(captured, tensors, job)
     require_effect(rules, job.plan, captured.log)
     program, lowering, output = finish(driver, tensors, job)
@@ -78,7 +79,7 @@ def compress(
 
     def grow(compressed: GraphModel, training: bool, call: Mapping[str, Any]) -> Program:
         fresh = capture(model, call, Store.borrowing(model), training=training, dynamic_shapes=dynamic_shapes)
-        again = Job(plan=plan, target=compressed.store)
+        again = Job(plan=plan, target=compressed.store, masks=job.masks or {})
         # A training variant writes running statistics, so it is not run to verify it.
         tensors = None if training else verification_inputs(fresh, signature, call)
         return replayed(prepared(fresh, tensors, again), tensors, again)

@@ -10,7 +10,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from ..passes.prune.course import PruneCourse
-from ..passes.prune.decide import PruneRule
+from ..passes.prune.sparsify import SparseCourse
+from ..passes.prune.thinnings import Thinnings
 from ..passes.quantize.course import Course
 from ..passes.schedule import AT_ONCE, Held
 from ..runtime.errors import ScheduleError
@@ -116,7 +117,7 @@ def _table(title: str, *heads: str) -> Table:
     return table
 
 
-def forecast(course: Course, total_steps: int, pruning: PruneCourse | None = None) -> Forecast:
+def forecast(course: Course, total_steps: int, thinning: Thinnings | None = None) -> Forecast:
     """The paths of all weights, alike ones together, and the ramps of what is pruned."""
     groups: dict[tuple[Any, int, bool], list[str]] = defaultdict(list)
     for fqn, pace in course.paces.items():
@@ -137,12 +138,14 @@ def forecast(course: Course, total_steps: int, pruning: PruneCourse | None = Non
         )
         for (schedule, bits, done), names in groups.items()
     ]
-    ramps = [] if pruning is None else [_ramped(pruning, rule, total_steps) for rule in pruning.groups]
+    courses = () if thinning is None else thinning.courses
+    ramps = [_ramped(course, i, total_steps) for course in courses for i in range(len(course.rules))]
     return Forecast(total_steps, tuple(paths), tuple(ramps))
 
 
-def _ramped(pruning: PruneCourse, rule: PruneRule, total_steps: int) -> Ramped:
-    steps = range(min(total_steps, rule.ramp.last) + 1)
-    moves = [(step, rule.ramp.part(step)) for step in steps if rule.ramp.moves(step)]
-    done = pruning.step >= rule.ramp.last
-    return Ramped(pruning.describe(rule), tuple(moves), min(pruning.step, rule.ramp.last) if done else rule.ramp.last)
+def _ramped(course: PruneCourse | SparseCourse, number: int, total_steps: int) -> Ramped:
+    ramp, whole = course.rules[number].ramp, course.rules[number].whole
+    moves = [(step, ramp.part(step, whole)) for step in range(min(total_steps, ramp.last) + 1) if ramp.moves(step)]
+    done = course.step >= ramp.last
+    what = course.describe(course.rules[number])  # type: ignore[arg-type]  # a rule of its own
+    return Ramped(what, tuple(moves), min(course.step, ramp.last) if done else ramp.last)

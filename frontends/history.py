@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..passes.prune.course import Thinning
+from ..passes.prune.masks import Thinning
 from ..passes.quantize.course import Drop
 
 MOST = 512

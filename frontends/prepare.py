@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 
 from ..passes.pipeline import Job
+from ..passes.prune.sparsify import zero
+from ..passes.prune.thinnings import Thinnings
 from ..passes.quantize.course import Course
 from ..passes.quantize.cuts import require_cuttable
 from ..runtime.contract import Signature
@@ -64,16 +66,18 @@ def prepare(
     momentum = recipe.calibration.momentum
     job = Job(rules=recipe.rules(), target=store, trains=True, seed=recipe.seed, momentum=momentum)
     job.prunes, job.inputs = recipe.prunes(), proof_inputs(first, tensors)
+    job.sparsifies = recipe.sparsifies()
     if data is not None:
         job.batches, job.observer = calibration_batches(first, signature, recipe, data), recipe.calibration.observer
     program = prepared(first, tensors, job).program
     require_effect(job.rules, job.plan, first.log)
     plan = job.plan or Plan()
     course = job.course or Course(store, plan.quantizations, {}, recipe.seed)
+    thinning = Thinnings(job.pruning, job.sparsity)
     if job.pruning is not None:
         pruning, plain = job.pruning, job.reference or program
         require_cuttable(plain, plan, pruning.cut_names(), pruning.final_shape)
-        pruning.begin()
+    thinning.begin()
 
     def recapture(student: Student, training: bool, call: Mapping[str, Any], cuts: Plan | None) -> Program:
         own = student.store if cuts is None else student.store.fork()
@@ -82,8 +86,11 @@ def prepare(
             plan=plan if cuts is None else cuts, target=own, trains=True, course=student.course, momentum=momentum
         )
         if cuts is None:
-            again.pruning = student.pacer.pruning
-        elif not training:
+            again.pruning, again.sparsity = student.pacer.thinning.pruning, student.pacer.thinning.sparsity
+            return prepared(fresh, None, again).program
+        if student.pacer.thinning.sparsity is not None:
+            zero(own, {weight.fqn: mask for weight, mask in student.pacer.thinning.sparsity.masks().items()})
+        if not training:
             again.inputs = proof_inputs(fresh, verification_inputs(fresh, signature, call))
         return prepared(fresh, None, again).program
 
@@ -94,7 +101,7 @@ def prepare(
     student = Student.named(model, "Student")(store, plan, signature, grow=grow, attributes=forwarded(model))
     student.recipe, student.example, student._recapture = recipe, arguments, recapture
     student._teacher = () if teacher is None else (teacher,)
-    student.pacer = Pacer(course, job.pruning, recipe.sensitivity, recipe.adaptive())
+    student.pacer = Pacer(course, thinning, recipe.sensitivity, recipe.adaptive())
     student.add(program)
     if total_steps is not None:
         student.forecast(total_steps).require_end()

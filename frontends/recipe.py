@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError, field_validator
 
 from ..passes.prune.decide import PruneRule
+from ..passes.prune.sparsify import SparseRule
 from ..passes.quantize.decide import QuantizeRule
 from ..runtime.errors import MissingDependencyError, RecipeError, SchemeError
 from .deepspeed.config import DeepSpeedConfig
@@ -30,9 +31,10 @@ from .settings import (
     QuantizeEntry,
     ScheduleSettings,
     SensitivitySettings,
-    Strict,
     WeightSettings,
 )
+from .strict import Strict
+from .zeros import SparsifyEntry
 
 # The keys of a DeepSpeed configuration that say how to compress.
 DEEPSPEED = ("compression_training", "quantize_training")
@@ -47,6 +49,7 @@ class Recipe(Strict):
 
     name: str = ""
     prune: tuple[PruneEntry, ...] = ()
+    sparsify: tuple[SparsifyEntry, ...] = ()
     quantize: tuple[QuantizeEntry, ...] = ()
     calibration: Calibration = Calibration()
     schedule: ScheduleSettings | None = None
@@ -96,7 +99,11 @@ class Recipe(Strict):
         """The pruning rules as the pass takes them."""
         return tuple(entry.rule(self.seed) for entry in self.prune)
 
-    @field_validator("prune", mode="before")
+    def sparsifies(self) -> tuple[SparseRule, ...]:
+        """The rules of zeros as the pass takes them."""
+        return tuple(entry.rule() for entry in self.sparsify)
+
+    @field_validator("prune", "sparsify", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, Mapping) else value
@@ -161,6 +168,8 @@ def _fields_at(path: tuple[int | str, ...]) -> list[str]:
     """The keys allowed at a place in a recipe."""
     inside: dict[str, type[BaseModel]] = {
         "quantize": QuantizeEntry,
+        "prune": PruneEntry,
+        "sparsify": SparsifyEntry,
         "weight": WeightSettings,
         "activation": ActivationSettings,
         "calibration": Calibration,

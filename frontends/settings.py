@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ..passes import schedule as schedules
 from ..passes.prune.decide import PruneRule, Target
@@ -14,17 +14,13 @@ from ..passes.prune.score import Method as Importance
 from ..passes.quantize.adaptive import Budget
 from ..passes.quantize.decide import QuantizeRule
 from ..passes.quantize.observers import Method, Observer
-from ..passes.schedule import SHAPES, Ramp, Schedule, Shape
+from ..passes.schedule import SHAPES, Schedule, Shape
 from ..runtime.errors import SchemeError
 from ..runtime.scheme import SIZED, Granularity, Kind, Rounding, Scheme
+from .ramps import RampSettings
+from .strict import Strict, fields
 
 Operators = Literal["linear", "embedding", "conv1d", "conv2d"]
-
-
-class Strict(BaseModel):
-    """Refuses keys it does not know, and does not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ConstantSettings(Strict):
@@ -36,7 +32,7 @@ class ConstantSettings(Strict):
 
     def schedule(self) -> Schedule:
         """As the pass takes it."""
-        return schedules.Constant(**_fields(self))
+        return schedules.Constant(**fields(self))
 
 
 class MoQSettings(Strict):
@@ -50,7 +46,7 @@ class MoQSettings(Strict):
 
     def schedule(self) -> Schedule:
         """As the pass takes it."""
-        return schedules.MoQ(**_fields(self))
+        return schedules.MoQ(**fields(self))
 
 
 class GlidingSettings(Strict):
@@ -64,7 +60,7 @@ class GlidingSettings(Strict):
 
     def schedule(self) -> Schedule:
         """As the pass takes it."""
-        return schedules.Gliding(shape=self.type, **_fields(self))
+        return schedules.Gliding(shape=self.type, **fields(self))
 
 
 class AdaptiveSettings(Strict):
@@ -255,23 +251,6 @@ class QuantizeEntry(Strict):
         )
 
 
-class RampSettings(Strict):
-    """When training prunes: nothing before step `offset`, all of it `length` steps later.
-
-    type: how in between, cubic being quickest at first (Zhu & Gupta 2017); every: steps from one choice of what is
-    cut to the next
-    """
-
-    type: Shape = "cubic"
-    offset: int = Field(default=0, ge=0)
-    length: int = Field(default=0, ge=0)
-    every: int = Field(default=1, ge=1)
-
-    def ramp(self) -> Ramp:
-        """As the pass takes it."""
-        return Ramp(shape=self.type, **_fields(self))
-
-
 class PruneEntry(Strict):
     """One pruning rule. Later rules override earlier ones; a group that no rule selects stays.
 
@@ -336,7 +315,3 @@ class DistillSettings(Strict):
 
     weight: float = Field(default=1.0, ge=0)
     temperature: float = Field(default=1.0, gt=0)
-
-
-def _fields(settings: Strict) -> dict[str, Any]:
-    return settings.model_dump(exclude={"type"})

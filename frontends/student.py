@@ -18,6 +18,7 @@ from ..passes.certify import certify, tensor_sizes
 from ..passes.driver import Driver
 from ..passes.mismatch import code_mismatch
 from ..passes.pipeline import Job
+from ..passes.prune.sparsify import edits
 from ..passes.quantize.course import Course
 from ..passes.quantize.live import gauges, load_ranges, require_seen
 from ..runtime.compressed import Compressed
@@ -162,7 +163,7 @@ class Student(Recomputing):
 
     def forecast(self, total_steps: int) -> Forecast:
         """At which step each weight gets which bits and what is cut, and what is not over after `total_steps`."""
-        return forecast(self.course, total_steps, self.pacer.pruning)
+        return forecast(self.course, total_steps, self.pacer.thinning)
 
     def watch(self, total_steps: int | None = None, *, quiet: bool = False) -> Watch:
         """`with student.watch(344): ...` shows bits, loss and the next drop as the loop goes, and prints each drop.
@@ -222,7 +223,7 @@ class Student(Recomputing):
         self.course.require_shown()
         plan, trained = self._plan(), self._eval_variant()
         tensors = verification_inputs(trained, self.signature, self.example)
-        cuts = None if self.pacer.pruning is None else plan
+        cuts = plan if self.pacer.thinning.courses else None
         simulated = trained if cuts is None else self._recapture(self, False, self.example, cuts)
         job = Job(plan=plan, target=Store(), trains=True)
         program, lowering, output = finish(Driver(simulated.copy(), tensors), tensors, job)
@@ -261,13 +262,13 @@ class Student(Recomputing):
 
     def _plan(self) -> Plan:
         """The edits at this moment; cuts come first."""
-        pruning = self.pacer.pruning
-        return Plan((*(pruning.slices() if pruning is not None else ()), *self.course.plan()))
+        pruning, sparsity = self.pacer.thinning.pruning, self.pacer.thinning.sparsity
+        slices = [] if pruning is None else pruning.slices()
+        return Plan((*slices, *(() if sparsity is None else edits(sparsity.masks(), slices)), *self.course.plan()))
 
     def _own_names(self) -> set[str]:
         """What training keeps in the store besides the model's own tensors."""
-        pruning = self.pacer.pruning
-        return gauges(self.plan, self.store) | (pruning.names() if pruning is not None else set())
+        return gauges(self.plan, self.store) | self.pacer.thinning.names()
 
     def _eval_variant(self) -> Program:
         return next(p for p in self.variants.values() if not p.contract.training)

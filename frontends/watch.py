@@ -20,7 +20,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ..passes.prune.course import PruneCourse, Thinning
+from ..passes.prune.masks import Thinning
 from ..passes.quantize.course import Course, Drop
 from ..passes.schedule import FULL, Held
 from ..runtime.report import block_of, size
@@ -53,7 +53,7 @@ class Watch:
         live: bool | None = None,
         console: Console | None = None,
     ) -> None:
-        self.pacer, self.quiet = pacer, quiet or not (pacer.course.weights or pacer.pruning)
+        self.pacer, self.quiet = pacer, quiet or not (pacer.course.weights or pacer.thinning.courses)
         self.total = total_steps if total_steps is not None and total_steps > 0 else None
         self.console = console or Console(file=sys.stderr)
         self._live: Live | None = None
@@ -80,7 +80,7 @@ class Watch:
     def _look_ahead(self) -> None:
         if self.total is None:
             return
-        ahead = forecast(self.pacer.course, self.total, self.pacer.pruning)
+        ahead = forecast(self.pacer.course, self.total, self.pacer.thinning)
         if (ahead.paths or ahead.ramps) and not self.quiet:
             self.console.print(ahead)
         if ahead.late:
@@ -128,7 +128,7 @@ class Watch:
         course, loss = self.pacer.course, self.pacer.history.loss()
         facts = [f"step {course.step}" + (f" of {self.total}" if self.total else "")]
         facts += [f"{course.average_bits():.4g} bits on average"] if course.weights else []
-        facts += [f"{now:,} of {all_:,} {what} stay" for what, now, all_ in staying(self.pacer.pruning)]
+        facts += [f"{now:,} of {all_:,} {what} stay" for what, now, all_ in self.pacer.thinning.staying()]
         facts += [size(self._bytes)]
         facts += [] if loss is None else [f"loss {loss:.4g}"]
         found = self.pacer.sensitivity
@@ -186,11 +186,6 @@ class Watch:
                     break
             self._next[key] = found
         return self._next[key]
-
-
-def staying(pruning: PruneCourse | None) -> list[tuple[str, int, int]]:
-    """What stays by now, as `PruneCourse.staying` tells it."""
-    return [] if pruning is None else pruning.staying()
 
 
 def _bits(course: Course, fqns: Sequence[str]) -> str:

@@ -6,13 +6,13 @@ the first and, when it is done, the second; post-training compression runs both 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from ..runtime.errors import CalibrationError
-from ..runtime.plan import Plan, Slice, input_scale_name, input_zero_name
+from ..runtime.plan import Plan, Slice, Sparsify, input_scale_name, input_zero_name
 from ..runtime.program import Program
 from ..runtime.store import Store
 from .canonicalize import TO_LINEAR, canonicalize
@@ -20,11 +20,13 @@ from .certify import require_real
 from .driver import Driver, Pass
 from .fold import fold_batch_norm, fold_constants
 from .lower import lower
+from .prune import sparsify as zeros
 from .prune.course import PruneCourse
 from .prune.decide import PruneRule, accepted, chosen, provable, require_proven
 from .prune.gates import gated
 from .prune.sliced import record, sliced
 from .prune.slices import leaves_of, slices_of
+from .prune.sparsify import SparseCourse, SparseRule, sparsified
 from .prune.transfer import rule_of
 from .prune.walk import Walk
 from .quantize.calibrate import calibrate, require_calls, static_sites
@@ -44,6 +46,8 @@ class Job:
 
     prunes: pruning rules; slices: the cuts that they come to, None until decided
     pruning: where they are in training, made before the first mask
+    sparsifies: rules of zeros; masks: what they come to by weight, None until decided; sparsity: they in training
+    zeros: how many there are
     inputs: flat examples, on which a cut is proved
     plan: None until decided; given when a Plan is replayed on another variant
     target: the store of the finished model, which also keeps calibrated ranges between variants
@@ -59,6 +63,10 @@ class Job:
     prunes: Sequence[PruneRule] = ()
     slices: tuple[Slice, ...] | None = None
     pruning: PruneCourse | None = None
+    sparsifies: Sequence[SparseRule] = ()
+    masks: Mapping[str, Tensor] | None = None
+    sparsity: SparseCourse | None = None
+    zeros: tuple[Sparsify, ...] = ()
     inputs: Sequence[Sequence[Tensor]] = ()
     plan: Plan | None = None
     target: Store = field(default_factory=Store)
@@ -81,10 +89,18 @@ class Job:
         """Whether there is anything to cut or to mask."""
         return bool(self.cuts) or self.pruning is not None or (self.plan is None and bool(self.prunes))
 
+    @property
+    def zeroes(self) -> bool:
+        """Whether any weight gets zeros."""
+        return bool(self.masks) or self.sparsity is not None or (self.plan is None and bool(self.sparsifies))
+
     def wants(self, operator: str) -> bool:
         """Whether anything quantises this operator, so that approximate rules for it are worth their rounding."""
         if self.plan is not None:
-            return any(edit.operator == operator for edit in self.plan.quantizations)
+            wanted = any(edit.operator == operator for edit in self.plan.quantizations)
+            return wanted or (operator == "linear" and self.zeroes)
+        if operator == "linear" and self.zeroes:
+            return True
         return any(operator in rule.operators and rule.weight is not None for rule in self.rules)
 
 
@@ -127,6 +143,19 @@ def _prune(program: Program, job: Job) -> Program:
     return program
 
 
+def _sparsify(program: Program, job: Job) -> Program:
+    """Decided once, and replayed on further variants; in training masked."""
+    if job.sparsity is None and job.masks is None and job.trains:
+        job.sparsity = SparseCourse(program, job.sparsifies)
+    if job.sparsity is not None:
+        return sparsified(program, job.sparsity)
+    if job.masks is None:
+        found = zeros.chosen(program, job.sparsifies)
+        job.masks, job.zeros = {weight.fqn: mask for weight, mask in found.items()}, tuple(zeros.edits(found))
+    zeros.zero(program.store, job.masks)
+    return program
+
+
 def _linearize(program: Program, job: Job) -> Program:
     apply_rules(program, TO_LINEAR, "linearize")
     return program
@@ -138,7 +167,7 @@ def _decide(program: Program, job: Job) -> Program:
         job.paces = {edit.fqn: pace for edit, pace in decided.items()}
         # Without training nothing is learned.
         edits = decided if job.trains else [replace(edit, learned=False, learned_input=False) for edit in decided]
-        job.plan = Plan((*(job.slices or ()), *edits))
+        job.plan = Plan((*(job.slices or ()), *job.zeros, *edits))
     return program
 
 
@@ -202,10 +231,11 @@ def _lower(program: Program, job: Job) -> Program:
 
 PREPARE: tuple[Stage, ...] = (
     Stage(name="canonicalize", run=lambda program, job: canonicalize(program), exact=True),
+    Stage(name="linearize", run=_linearize, needed=lambda program, job: job.wants("linear"), limit=1e-3),
     Stage(name="prune", run=_prune, needed=lambda program, job: job.prunes_now),
+    Stage(name="sparsify", run=_sparsify, needed=lambda program, job: job.zeroes),
     # A student's buffers change as it trains.
     Stage(name="fold_constants", run=_fold_constants, needed=lambda program, job: not job.trains, exact=True),
-    Stage(name="linearize", run=_linearize, needed=lambda program, job: job.wants("linear"), limit=1e-3),
     Stage(
         name="fold_batch_norm",
         run=lambda program, job: fold_batch_norm(program),

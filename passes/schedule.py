@@ -8,7 +8,7 @@
     gliding     target + ceil((start - target) left)
     mixing      r = max(0, 1 - c (q - q_drop)): the part of the weight that is still float after a drop
     ramp        1 - left, in moves `every` steps apart: what is cut of what will be (cubic: Zhu & Gupta 2017,
-                arXiv 1710.01878, equation 1)
+                arXiv 1710.01878, equation 1); exponential: (1 - (1 - s)^t) / s, s the share that is cut in the end
 
 P is the period, f = 1 + floor(4 lambda / lambda_max) a layer's factor by curvature. MoQ as in DeepSpeed 0.19.6
 (runtime/quantize.py): a period of 0 drops a bit at every step. There c counts down one number for all layers, here
@@ -36,6 +36,7 @@ _LEFT: dict[Shape, Callable[[float], float]] = {
     "cubic": lambda t: (1 - t) ** 3,
 }
 SHAPES: tuple[Shape, ...] = get_args(Shape)
+RampShape = Literal[Shape, "exponential"]
 
 
 def _require(holds: bool, what: str, required: str, found: object) -> None:
@@ -227,7 +228,7 @@ class Ramp:
     offset: int = 0
     length: int = 0
     every: int = 1
-    shape: Shape = "cubic"
+    shape: RampShape = "cubic"
 
     def __post_init__(self) -> None:
         _require(self.offset >= 0, "offset", ">= 0", self.offset)
@@ -239,12 +240,15 @@ class Ramp:
         """The step of the last move."""
         return self.offset + self.length
 
-    def part(self, step: int) -> float:
-        """After `step` steps: 0 to 1 of the pruning."""
+    def part(self, step: int, whole: float) -> float:
+        """After `step` steps: 0 to 1 of a pruning that cuts a share `whole` in the end."""
         q = step - self.offset
         if q < 0 or q >= self.length:
             return float(q >= 0)
-        return 1 - _LEFT[self.shape]((q - q % self.every) / self.length)
+        t = (q - q % self.every) / self.length
+        if self.shape == "exponential":
+            return (1 - (1 - whole) ** t) / whole if whole else 1.0
+        return 1 - _LEFT[self.shape](t)
 
     def moves(self, step: int) -> bool:
         """Whether what is cut is chosen anew after `step` steps."""

@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from .errors import ArtifactError
 from .scheme import Scheme
 
@@ -48,9 +51,26 @@ class Slice:
     size: int
     removed: tuple[int, ...]
 
+    @property
+    def kept(self) -> Tensor:
+        """int64: the indices that stay."""
+        mask = torch.ones(self.size, dtype=torch.bool)
+        mask[list(self.removed)] = False
+        return mask.nonzero().flatten()
 
-Edit = Quantize | Slice
-EDITS: tuple[type[Quantize] | type[Slice], ...] = (Slice, Quantize)
+
+@dataclass(frozen=True, kw_only=True)
+class Sparsify:
+    """Parameter `fqn` has `zeros` zeros among its `total` numbers, at places of a pattern: "2:4", "4x1"."""
+
+    fqn: str
+    pattern: str
+    zeros: int
+    total: int
+
+
+Edit = Quantize | Slice | Sparsify
+EDITS: tuple[type[Quantize] | type[Slice] | type[Sparsify], ...] = (Slice, Sparsify, Quantize)
 
 
 @dataclass(frozen=True)
@@ -76,6 +96,11 @@ class Plan:
     def slices(self) -> tuple[Slice, ...]:
         """All cuts."""
         return tuple(edit for edit in self.edits if isinstance(edit, Slice))
+
+    @property
+    def sparsities(self) -> tuple[Sparsify, ...]:
+        """All weights with zeros."""
+        return tuple(edit for edit in self.edits if isinstance(edit, Sparsify))
 
     @property
     def quantizations(self) -> tuple[Quantize, ...]:

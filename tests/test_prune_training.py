@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import dwindle
 from dwindle.frontends.student import Student
-from dwindle.passes.prune.course import Thinning
+from dwindle.passes.prune.masks import Thinning
 from dwindle.runtime.errors import RecipeError, ScheduleError
 
 RAMP = {"length": 6, "every": 2, "offset": 1}
@@ -64,7 +64,7 @@ def train(student: Student, first: int = 0, last: int = STEPS, x: Tensor | None 
 
 
 def widths(student: Student) -> list[int]:
-    pruning = student.pacer.pruning
+    pruning = student.pacer.thinning.pruning
     assert pruning is not None
     return [int(gate.kept(student.store).sum()) for gate in pruning.gates.values()]
 
@@ -116,7 +116,7 @@ def test_masked_channels_do_not_widen_scales() -> None:
             block.up.bias[5] = 1e4  # and what comes in there would take all of a token's range
     rule = {"scopes": "rows", "ratio": 0.1, "schedule": {}, "score": "random"}
     student = prepared(rule, model, quantize=W8A8)
-    pruning = student.pacer.pruning
+    pruning = student.pacer.thinning.pruning
     assert pruning is not None
     for gate in pruning.gates.values():
         mask = torch.ones(gate.size)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dwindle.passes.quantize.adaptive import Budget, Candidate, Controller
-from dwindle.passes.schedule import FULL, SHAPES, Constant, Gliding, MoQ, Ramp, Schedule, Shape
+from dwindle.passes.schedule import FULL, SHAPES, Constant, Gliding, MoQ, Ramp, RampShape, Schedule, Shape
 from dwindle.runtime.errors import RecipeError
 
 
@@ -177,9 +178,9 @@ def test_an_even_schedule_is_exact_in_integers(start: int, fall: int, length: in
 
 
 @given(offset=st.integers(0, 20), length=st.integers(0, 50), every=st.integers(1, 20), shape=st.sampled_from(SHAPES))
-def test_a_ramp_rises_to_the_whole_at_its_last_move(offset: int, length: int, every: int, shape: Shape) -> None:
+def test_a_ramp_rises_to_the_whole_at_its_last_move(offset: int, length: int, every: int, shape: RampShape) -> None:
     ramp = Ramp(offset=offset, length=length, every=every, shape=shape)
-    parts = [ramp.part(step) for step in range(ramp.last + 5)]
+    parts = [ramp.part(step, 0.7) for step in range(ramp.last + 5)]
     assert parts == sorted(parts)
     assert not any(parts[:offset])
     assert all(part == 1 for part in parts[ramp.last :])
@@ -193,4 +194,10 @@ def test_a_ramp_rises_to_the_whole_at_its_last_move(offset: int, length: int, ev
 
 def test_a_cubic_ramp_is_that_of_zhu_and_gupta() -> None:
     ramp = Ramp(offset=10, length=100, every=10)
-    assert [round(ramp.part(step), 3) for step in (9, 10, 20, 29, 60, 110)] == [0, 0, 0.271, 0.271, 0.875, 1]
+    assert [round(ramp.part(step, 0.5), 3) for step in (9, 10, 20, 29, 60, 110)] == [0, 0, 0.271, 0.271, 0.875, 1]
+
+
+def test_an_exponential_ramp_leaves_an_equal_factor_at_each_move() -> None:
+    ramp = Ramp(length=4, shape="exponential")
+    left = [1 - 0.9 * ramp.part(step, 0.9) for step in range(5)]
+    assert [b / a for a, b in pairwise(left)] == pytest.approx([0.1**0.25] * 4)

@@ -47,6 +47,11 @@ class PruneRule:
     seed: int = 0
     ramp: Ramp = AT_A_STROKE
 
+    @property
+    def whole(self) -> float:
+        """The share that goes in the end."""
+        return self.ratio if self.target is None else 1 - self.target[1]
+
     def selects(self, group: Group) -> bool:
         """Whether a group is meant: every rule takes a group whole."""
         if group.kind not in self.kinds or not (group.outermost or self.inner) or group.size < self.least:

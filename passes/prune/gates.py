@@ -99,6 +99,10 @@ class Gate:
         kept: Tensor = KEEP_TOP(score, stay).cpu() > 0.5
         return kept
 
+    def scores(self, store: Store) -> Tensor:
+        """fp64 (n,): learned scores as they are now."""
+        return self._tensor(store, "score").detach().double().cpu()
+
     @torch.no_grad()
     def set(self, store: Store, mask: Tensor) -> None:
         """Write what stays: the mask itself, or how many of the scores do."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-import torch
 from torch import nn
 
 from ...runtime.errors import RecipeError
@@ -51,6 +50,4 @@ def slice_scales(program: Program, plan: Plan) -> None:
     for cut in plan.slices:
         if outer.get(cut.fqn) == cut.dim:
             step = Gauge(cut.fqn).tensor(program.store, "step").detach()
-            stay = torch.ones(cut.size, dtype=torch.bool, device=step.device)
-            stay[list(cut.removed)] = False
-            program.store.put(Gauge(cut.fqn)("step"), nn.Parameter(step[stay]))
+            program.store.put(Gauge(cut.fqn)("step"), nn.Parameter(step[cut.kept.to(step.device)]))

@@ -22,17 +22,19 @@ def _keep_top(scores: Tensor, stay: Tensor) -> Tensor:
     return numerics.straight_through(mask, scores)
 
 
+def largest(rows: Tensor, stay: int) -> Tensor:
+    """bool (..., n): the `stay` largest of each row, of equal ones the first; found without sorting."""
+    n = rows.shape[-1]
+    if not 0 < stay < n:
+        return torch.full_like(rows, stay >= n, dtype=torch.bool)
+    last = rows.kthvalue(n - stay + 1, dim=-1, keepdim=True).values
+    above, equal = rows > last, rows == last
+    return above | (equal & (equal.cumsum(-1) <= stay - above.sum(-1, keepdim=True)))
+
+
 def _keep_top_cpu(scores: Tensor, stay: Tensor) -> Tensor:
-    """By the score of the last one that stays, which is found without sorting."""
     with torch.no_grad():
-        n, k = scores.shape[-1], int(stay)
-        if not 0 < k < n:
-            mask = torch.full_like(scores, float(k >= n))
-        else:
-            last = scores.kthvalue(n - k + 1, dim=-1, keepdim=True).values
-            above, equal = scores > last, scores == last
-            left = k - above.sum(-1, keepdim=True)
-            mask = (above | (equal & (equal.cumsum(-1) <= left))).to(scores.dtype)
+        mask = largest(scores, int(stay)).to(scores.dtype)
     return numerics.straight_through(mask, scores)
 
 

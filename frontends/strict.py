@@ -1,0 +1,18 @@
+"""What all parts of a recipe have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Strict(BaseModel):
+    """Refuses keys it does not know, and does not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def fields(settings: Strict) -> dict[str, Any]:
+    """By name, without the type that says which settings they are."""
+    return settings.model_dump(exclude={"type"})
