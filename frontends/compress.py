@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..passes.certify import certify, lowering_error, rounding, tensor_sizes
 from ..passes.driver import Driver
 from ..passes.pipeline import FINISH, PREPARE, SETTLE, Job, run_stages
+from ..passes.prune.score import WITH_DATA
 from ..passes.quantize.decide import QuantizeRule
 from ..passes.quantize.twins import twins_of
 from ..passes.verify import Difference, difference
@@ -25,6 +26,7 @@ from ..runtime.program import Entry, Program
 from ..runtime.randomness import own_random_state
 from ..runtime.store import Store
 from .capture import DynamicShapes, capture
+from .distill import task_loss
 from .inputs import as_arguments, flat_batches
 from .measure import measure
 from .recipe import Recipe
@@ -48,7 +50,8 @@ def compress(
 
     recipe: a preset's name, a file, a dict or a Recipe
     inputs: one example batch (dict of keyword arguments, tuple, or tensor); made up for transformers models
-    data: batches like `inputs`, for recipes with static activations
+    data: batches like `inputs`, for recipes with static activations, and for pruning by taylor or fisher (with labels)
+        or by routed mass
     dynamic_shapes: names of dimensions that vary, {"input_ids": {0: "batch"}}; None finds batch and sequence
 
     The model is borrowed: its tensors are read, never written, and nothing about it changes. Returns a
@@ -68,7 +71,7 @@ def compress(
     batches = calibration_batches(captured, signature, recipe, data)
     job = Job(rules=rules, target=target, batches=batches, observer=recipe.calibration.observer)
     job.prunes, job.inputs = recipe.prunes(), proof_inputs(captured, tensors)
-    job.sparsifies = recipe.sparsifies()
+    job.sparsifies, job.loss = recipe.sparsifies(), task_loss
     driver = prepared(captured, tensors, job)
     require_effect(rules, job.plan, captured.log)
     program, lowering, output = finish(driver, tensors, job)
@@ -208,7 +211,9 @@ def own_dtype(model: nn.Module) -> dict[str, str]:
 def calibration_batches(
     program: Program, signature: Signature, recipe: Recipe, data: Iterable[Any] | None
 ) -> Callable[[], Iterable[Sequence[Tensor]]]:
-    """Flat batches of `data`, asked for only where something is static; then no data is an error."""
+    """Flat batches of `data`, asked for only where something needs them; then no data is an error."""
+    if isinstance(data, Iterator) and any(rule.score in WITH_DATA for rule in recipe.prunes()):
+        data = list(data)  # pruning reads it, and so may ranges
 
     def batches() -> Iterable[Sequence[Tensor]]:
         if data is None:
@@ -219,7 +224,15 @@ def calibration_batches(
 
 
 def data_is_missing(recipe: Recipe, given: str) -> CalibrationError:
-    """For a recipe with static activations and no data; `given`: how to give some."""
+    """For a recipe with static activations, or with a score that goes by data, and no data; `given`: how to give it."""
+    by_data = next((rule.score for rule in recipe.prunes() if rule.score in WITH_DATA), None)
+    if by_data is not None:
+        return CalibrationError(
+            f"the recipe {recipe.name or 'given'} prunes by score {by_data}",
+            required="calibration data",
+            found="none",
+            cure=f"give {given}, or a score that goes by the weights alone, such as l2",
+        )
     return CalibrationError(
         f"the recipe {recipe.name or 'given'} has static activations",
         required="calibration data",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from ..passes import schedule as schedules
 from ..passes.prune.decide import PruneRule, Target
@@ -251,17 +251,25 @@ class QuantizeEntry(Strict):
         )
 
 
+Share = Annotated[float, Field(ge=0, lt=1)]
+Ratio = Annotated[
+    Annotated[Share, Tag("each")] | Annotated[tuple[Share, Share], Tag("first, last")],
+    Discriminator(lambda value: "first, last" if isinstance(value, list | tuple) else "each"),
+]
+
+
 class PruneEntry(Strict):
     """One pruning rule. Later rules override earlier ones; a group that no rule selects stays.
 
-    ratio: of each group's indices, what goes; or target: what may be left of the model, {"params": 0.5}
+    ratio: of each group's indices, what goes; a pair is that of the first layer and of the last, and those between
+        lie on a line; or target: what may be left of the model, {"params": 0.5}
     scopes: kinds of groups; modules: globs over the paths of modules that a group cuts, all where absent
     inner: also what lies inside another prunable dimension: the size of a head
     multiple: of it widths are kept; least: a group with fewer indices stays
     schedule: in training, when; compress() prunes at once
     """
 
-    ratio: float | None = Field(default=None, ge=0, lt=1)
+    ratio: Ratio | None = None
     target: dict[Target, Annotated[float, Field(gt=0, le=1)]] | None = Field(default=None, min_length=1, max_length=1)
     scopes: tuple[Groups, ...] = Field(default=KINDS, min_length=1)
     modules: Annotated[tuple[str, ...], Field(min_length=1)] = ("*",)
@@ -280,6 +288,8 @@ class PruneEntry(Strict):
     def _one_measure(self) -> Self:
         if (self.ratio is None) == (self.target is None):
             raise ValueError("a pruning rule has a ratio or a target, and not both")
+        if self.score == "routed" and self.scopes != ("experts",):
+            raise ValueError("routed mass is a score of experts alone: give it with scopes: experts")
         return self
 
     def rule(self, seed: int) -> PruneRule:

@@ -23,7 +23,9 @@ from .lower import lower
 from .prune import sparsify as zeros
 from .prune.course import PruneCourse
 from .prune.decide import PruneRule, accepted, chosen, provable, require_proven
+from .prune.evidence import evidence
 from .prune.gates import gated
+from .prune.gradients import Loss
 from .prune.sliced import record, sliced
 from .prune.slices import leaves_of, slices_of
 from .prune.sparsify import SparseCourse, SparseRule, sparsified
@@ -48,7 +50,7 @@ class Job:
     pruning: where they are in training, made before the first mask
     sparsifies: rules of zeros; masks: what they come to by weight, None until decided; sparsity: they in training
     zeros: how many there are
-    inputs: flat examples, on which a cut is proved
+    inputs: flat examples, on which a cut is proved; loss: of a model's output, for scores that go by its gradients
     plan: None until decided; given when a Plan is replayed on another variant
     target: the store of the finished model, which also keeps calibrated ranges between variants
     batches: flat inputs for calibration, asked for only where something is static; training may go without
@@ -68,6 +70,7 @@ class Job:
     sparsity: SparseCourse | None = None
     zeros: tuple[Sparsify, ...] = ()
     inputs: Sequence[Sequence[Tensor]] = ()
+    loss: Loss | None = None
     plan: Plan | None = None
     target: Store = field(default_factory=Store)
     batches: Callable[[], Iterable[Sequence[Tensor]]] | None = None
@@ -128,11 +131,14 @@ def _prune(program: Program, job: Job) -> Program:
     walk = Walk.over(program, rule_of)
     if job.trains and not job.cuts:
         if job.pruning is None:
-            job.pruning = PruneCourse(walk, provable(walk, job.prunes, job.inputs))
+            # Training has gradients of its own.
+            said = evidence(walk, job.prunes, job.batches, None)
+            job.pruning = PruneCourse(walk, provable(walk, job.prunes, job.inputs), said)
         quantized = job.rules if job.plan is None else job.plan.quantizations
         return gated(program, walk, list(job.pruning.gates.values()), weights=bool(quantized))
     if job.plan is None:
-        kept = accepted(walk, chosen(walk, job.prunes), job.inputs)
+        said = evidence(walk, job.prunes, job.batches, job.loss)
+        kept = accepted(walk, chosen(walk, job.prunes, said), job.inputs)
         job.slices = tuple(slices_of(walk, kept))
     else:
         kept = leaves_of(walk, job.plan.slices)

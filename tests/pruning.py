@@ -40,7 +40,7 @@ def random_cut(groups: Sequence[Group], ratio: float, seed: int = 0) -> dict[Ato
     for group in groups:
         stay = min(group.size - 1, kept_count(group.size, ratio))
         mask = torch.zeros(group.size, dtype=torch.bool)
-        mask[torch.randperm(group.size, generator=generator)[: max(1, stay)]] = True
+        mask[torch.randperm(group.size, generator=generator)[: max(group.floor, stay)]] = True
         found[group.leaf] = mask
     return found
 

@@ -16,6 +16,8 @@ from .walk import Walk
 
 aten = torch.ops.aten
 
+GROUPED = ("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default")
+
 
 @dataclass(frozen=True)
 class Product:
@@ -50,6 +52,8 @@ def _axes(walk: Walk, node: fx.Node) -> Sequence[Axis] | None:
         return [*walk[node], walk[args[0]][-1]]
     if node.target is aten.addmm.default:
         return [*walk[node], walk[args[1]][-1]]
+    if str(node.target) in GROUPED:  # as many rows as are chosen, however many experts there are
+        return [*walk[node], walk[args[0]][-1]]
     if node.target is aten.scaled_dot_product_attention.default:  # q k^T and, of the same size or so, a v
         q, k, v = (walk[arg] for arg in args[:3])
         return [*q, k[-2]] if q[-1] == v[-1] else [*q[:-1], k[-2], q[-1]]

@@ -15,7 +15,7 @@ from .gates import PARTS, Gate
 from .groups import Group
 from .keep import Kept, count
 from .masks import MaskCourse, no_gradients
-from .score import WITH_GRADIENT, score
+from .score import NOTHING, WITH_GRADIENT, Evidence, score
 from .slices import slices_of
 from .walk import Walk
 
@@ -25,8 +25,9 @@ class PruneCourse(MaskCourse[PruneRule]):
 
     PART = "group"
 
-    def __init__(self, walk: Walk, groups: Mapping[PruneRule, Sequence[Group]]) -> None:
+    def __init__(self, walk: Walk, groups: Mapping[PruneRule, Sequence[Group]], evidence: Evidence = NOTHING) -> None:
         super().__init__(walk.program.store, (rule for rule, own in groups.items() if own))
+        self.evidence = evidence
         self.walk = walk.on(walk.program.copy())  # the graph itself is about to be masked
         self.groups = {rule: tuple(groups[rule]) for rule in self.rules}
         self.gates = {
@@ -65,7 +66,7 @@ class PruneCourse(MaskCourse[PruneRule]):
         }
         for group in self.groups[rule] if gradients else ():
             worth = self._worth(group)
-            worth += score(self.walk, group, rule.score, gradients).to(worth.device)
+            worth += score(self.walk, group, rule.score, Evidence({rule.score: gradients})).to(worth.device)
 
     def choose(self, rule: PruneRule, part: float) -> None:
         """Choose and write its masks at a part of its pruning."""
@@ -79,7 +80,7 @@ class PruneCourse(MaskCourse[PruneRule]):
         if rule.score == "movement":
             return {g.leaf: self.gates[g.leaf].scores(self.store) for g in groups}
         if rule.score not in WITH_GRADIENT:
-            return {g.leaf: score(self.walk, g, rule.score, seed=rule.seed) for g in groups}
+            return {g.leaf: score(self.walk, g, rule.score, self.evidence, rule.seed) for g in groups}
         found = {}
         for group in groups:
             worth = self._worth(group)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,11 +14,11 @@ from ...runtime.program import Entry
 from ..schedule import AT_A_STROKE, Ramp
 from . import cost
 from .axes import Atom
-from .choose import Cost, Scores, local, to_target
+from .choose import Cost, Ratio, Scores, at_part, local, to_target
 from .groups import KINDS, Group, Kind, find_groups
 from .keep import Kept
 from .proof import LIMIT, proven
-from .score import Method, lowest, score
+from .score import NOTHING, Evidence, Method, lowest, score
 from .walk import Walk
 
 STAGE = "prune"
@@ -29,14 +29,15 @@ Target = Literal["params", "flops", "bytes"]
 class PruneRule:
     """Which groups lose how much.
 
-    ratio: of each group's indices; or target: of the whole model's params, flops or bytes, what may be left
+    ratio: of each group's indices, a pair for the first layer and the last; or target: of the whole model's params,
+        flops or bytes, what may be left
     kinds: heads, rows, channels, hidden, experts; modules: globs over the paths of the modules that a group cuts
     inner: also what lies inside another prunable atom, such as the size of a head
     multiple: of it widths are; least: groups with fewer indices stay
     ramp: when, in training
     """
 
-    ratio: float = 0.0
+    ratio: Ratio = 0.0
     target: tuple[Target, float] | None = None
     kinds: tuple[Kind, ...] = KINDS
     modules: tuple[str, ...] = ("*",)
@@ -50,7 +51,9 @@ class PruneRule:
     @property
     def whole(self) -> float:
         """The share that goes in the end."""
-        return self.ratio if self.target is None else 1 - self.target[1]
+        if self.target is not None:
+            return 1 - self.target[1]
+        return max(self.ratio) if isinstance(self.ratio, tuple) else self.ratio
 
     def selects(self, group: Group) -> bool:
         """Whether a group is meant: every rule takes a group whole."""
@@ -82,16 +85,16 @@ def choose(
 ) -> dict[Atom, Tensor]:
     """What is kept of each leaf that loses something, by the groups' scores. part: of the pruning, in training."""
     if rule.target is None:
-        return local(groups, scores, rule.ratio * part, rule.multiple)
+        return local(groups, scores, at_part(rule.ratio, part), rule.multiple)
     measure, left = rule.target
     return to_target(groups, scores, _cost(walk, measure), 1 - (1 - left) * part, rule.multiple)
 
 
-def chosen(walk: Walk, rules: Sequence[PruneRule], gradients: Mapping[str, Tensor] | None = None) -> dict[Atom, Tensor]:
+def chosen(walk: Walk, rules: Sequence[PruneRule], evidence: Evidence = NOTHING) -> dict[Atom, Tensor]:
     """What is kept of each leaf that loses something, for all rules. Raises RecipeError as `selected` does."""
     kept: dict[Atom, Tensor] = {}
     for rule, groups in selected(walk, rules).items():
-        scores = {g.leaf: score(walk, g, rule.score, gradients, rule.seed) for g in groups}
+        scores = {g.leaf: score(walk, g, rule.score, evidence, rule.seed) for g in groups}
         kept |= choose(walk, rule, groups, scores)
     return kept
 
@@ -157,7 +160,7 @@ def provable(
     """
     taken = selected(walk, rules)
     trial = {
-        group.leaf: lowest(score(walk, group, "random"), max(1, group.size // 2))
+        group.leaf: lowest(score(walk, group, "random"), max(group.floor, group.size // 2))
         for groups in taken.values()
         for group in groups
     }

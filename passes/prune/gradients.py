@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +13,12 @@ from ...runtime.program import Program
 from ...runtime.structure import rebuild
 from .score import Method
 
-Gradients = Mapping[Method, Mapping[str, Tensor]]
-"""By score: by stored name, what stands for the gradient in it."""
+Loss = Callable[[Any], Tensor | None]
+"""The loss in a model's output; None where there is none."""
 
 
-def gathered(program: Program, batches: Iterable[Sequence[Tensor]], loss: Callable[[Any], Tensor | None]) -> Gradients:
-    """Over all batches: the mean g for taylor, and sqrt(mean g^2) for fisher, whose scores are sums of (w g)^2.
+def gathered(program: Program, batches: Iterable[Sequence[Tensor]], loss: Loss) -> dict[Method, dict[str, Tensor]]:
+    """By score and stored name, over all batches: the mean g for taylor, sqrt(mean g^2) for fisher's sums of (w g)^2.
 
     loss: of a model's output. The program and its tensors are as they were afterwards. Raises CalibrationError where
     the output has no loss, or there is no batch.

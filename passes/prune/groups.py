@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...runtime.report import block_of
 from .axes import Atom, Axis, leaves, norm, size
+from .experts import floors
 from .walk import Walk
 
 Kind = Literal["heads", "rows", "channels", "hidden", "experts"]
@@ -39,6 +40,7 @@ class Group:
 
     elements: stored numbers that one index holds; outermost: no other prunable leaf is outside it on any axis, which
         makes it the one that is pruned unless others are asked for
+    floor: how many indices have to stay: as many as are chosen at once, of experts
     reason: why nothing of it may be pruned; empty where it may
     """
 
@@ -48,6 +50,7 @@ class Group:
     elements: int
     outermost: bool
     reason: str
+    floor: int = 1
 
     @property
     def size(self) -> int:
@@ -75,6 +78,7 @@ def find_groups(walk: Walk, least: int = 2) -> list[Group]:
             _note_inner(axis, inner, least)
     stored = {name: tensor for name in walk.stored if isinstance(tensor := walk.program.store.get(name), Tensor)}
     roles = {role: walk.leaves_with(role) for role in ("experts", "channels", "heads")}
+    stay = floors(walk)
     return [
         Group(
             leaf,
@@ -82,15 +86,18 @@ def find_groups(walk: Walk, least: int = 2) -> list[Group]:
             tuple(own),
             sum(_elements(stored[cut.name], cut) for cut in own),
             leaf not in inner,
-            _reason(leaf, least),
+            _reason(leaf, least, stay.get(leaf, 1)),
+            stay.get(leaf, 1),
         )
         for leaf, own in cuts.items()
     ]
 
 
-def _reason(leaf: Atom, least: int) -> str:
+def _reason(leaf: Atom, least: int, floor: int) -> str:
     if leaf.reason is not None:
         return leaf.reason or "its indices are used one by one"
+    if 1 < leaf.size <= floor:
+        return f"{floor} are chosen at once, and there are {leaf.size}"
     return f"only {leaf.size} of it" if leaf.size < least else ""
 
 

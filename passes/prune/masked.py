@@ -3,7 +3,7 @@
 At every ending of an axis one operand is multiplied by the axis' mask, and what takes a statistic over the axis takes
 it from the indices that are kept:
 
-    mean         mean(x m) n / sum(m)                      softmax      of x where m, else -inf
+    mean         mean(x m) n / sum(m)                      softmax      of x where m, else -inf; so the largest, too
     layer norm   (x - mu) / sqrt(v + e) w + b              mu = sum(x m) / K,  v = sum((x - mu)^2 m) / K,  K = sum(m)
 
 Masks of axes are made in the graph from those of leaves, so that what trains a leaf's mask trains them all.
@@ -244,6 +244,7 @@ FORMS: dict[str, Callable[[Masks, fx.Node, Endings, Products], None]] = {
     "zero": _zero,
     "mean": _mean,
     "softmax": _softmax,
+    "largest": _softmax,
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
     "group_norm": _group_norm,

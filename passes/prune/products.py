@@ -260,11 +260,21 @@ def attention(walk: Walk, node: fx.Node, args: Args) -> Axes:
     return [*heads, q[-2], v[-1]]
 
 
-def grouped_mm(walk: Walk, node: fx.Node, args: Args) -> Axes:
-    """Rows of x (T, K) times the weight (E, K, N) of the expert that each was sorted to."""
-    x, w = walk[args[0]], walk[args[1]]
-    walk.space.tie(x[-1], w[1])
-    walk.role("experts", w[0])
-    walk.space.freeze(w[0], f"{node.name}: experts are chosen by number")
+def running(walk: Walk, node: fx.Node, args: Args) -> Axes:
+    """cumsum: what is cut adds nothing to the sums that stay."""
+    x = walk[args[0]]
+    if x:
+        walk.end(node, 0, args[1] % len(x) - len(x))
+    return x
+
+
+def grouped_mm(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """Rows of x (T, K), sorted by expert, times w (E, K, N) of each; an expert's end at offs (E,)."""
+    x, w, offs = args[:3]
+    if offs is None or any(extra is not None for extra in args[3:4]) or (len(walk[x]), len(walk[w])) != (2, 3):
+        return walk.unknown(node)
+    walk.space.tie(walk[x][-1], walk[w][1])
+    walk.space.tie(walk[offs][0], walk[w][0])
+    walk.role("experts", walk[w][0])
     walk.end(node, 0, -1)
-    return [x[0], w[2]]
+    return [walk[x][0], walk[w][2]]

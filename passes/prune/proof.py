@@ -97,11 +97,22 @@ def in_double(program: Program) -> None:
     for node in program.graph.nodes:
         node.args = fx.node.map_aggregate(node.args, _widened)
         node.kwargs = fx.node.map_aggregate(node.kwargs, _widened)
+        if _creates(node):
+            node.kwargs = {**node.kwargs, "dtype": torch.float64}
         if node.target in (aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default):
             node.args = (node.args[0], 0.0, False)
         if node.target is aten.rms_norm.default and full_args(node)[3] is None:  # it goes by the dtype
             node.args = (*full_args(node)[:3], torch.finfo(value_of(node).dtype).eps)
     program.module.recompile()
+
+
+def _creates(node: fx.Node) -> bool:
+    """A new tensor of torch's default dtype."""
+    takes = {a.name for a in node.target._schema.arguments} if isinstance(node.target, torch._ops.OpOverload) else ()
+    if "dtype" not in takes or "self" in takes or node.kwargs.get("dtype") is not None:
+        return False
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _widened(value: Any) -> Any:

@@ -7,6 +7,7 @@
     scale        |gamma| of the norms in the group alone (Liu et al. 2017, arXiv 1708.06519)
     random       by a seed
     movement     learned in training with a straight-through estimator (Sanh et al. 2020, arXiv 2005.07683); `gates`
+    routed       sum of the weights with which a router has chosen it, over calibration data: of experts
 
 w runs over all stored numbers that an index holds, g is the gradient of the loss by them.
 """
@@ -15,18 +16,34 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ...runtime.errors import RecipeError
-from .axes import Atom, Axis, norm, size
+from .axes import Atom, Axis, leaves, norm, size
 from .groups import Group
 from .walk import Walk
 
-Method = Literal["l1", "l2", "taylor", "fisher", "scale", "random", "movement"]
+Method = Literal["l1", "l2", "taylor", "fisher", "scale", "random", "movement", "routed"]
 WITH_GRADIENT: tuple[Method, ...] = ("taylor", "fisher")
+WITH_DATA: tuple[Method, ...] = (*WITH_GRADIENT, "routed")
+
+Mass = tuple[Axis, Tensor]
+"""What a router gave each index of an axis of experts: fp64 (n,)."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What data said. gradients: by score, by stored name; masses: of all routers, None where none was watched."""
+
+    gradients: Mapping[Method, Mapping[str, Tensor]] = field(default_factory=dict)
+    masses: Sequence[Mass] | None = None
+
+
+NOTHING = Evidence()
 
 
 def elements(w: Tensor, g: Tensor | None, method: Method) -> Tensor:
@@ -49,12 +66,16 @@ def finished(total: Tensor, method: Method) -> Tensor:
 
 
 def score(
-    walk: Walk, group: Group, method: Method, gradients: Mapping[str, Tensor] | None = None, seed: int = 0
+    walk: Walk,
+    group: Group,
+    method: Method,
+    evidence: Evidence = NOTHING,
+    seed: int = 0,
 ) -> Tensor:
     """fp64 (n,): the score of each index of a group; the least go first.
 
-    gradients: by stored name, for methods that want them. Raises RecipeError where they are missing, and for scores
-    that only training gives.
+    evidence: what data said, for methods that want it. Raises RecipeError where it is missing, and for scores that only
+    training gives.
     """
     if method == "movement":
         raise RecipeError(
@@ -63,6 +84,8 @@ def score(
             found="compress()",
             cure="prepare the model and train it, or choose a score of the weights: l1, l2, scale",
         )
+    if method == "routed":
+        return _routed(group, evidence.masses)
     if method == "random":
         digest = hashlib.sha256(f"{seed} {group.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:6], "big"))
@@ -72,18 +95,46 @@ def score(
         w = walk.program.store.get(cut.name)
         if not isinstance(w, torch.nn.Parameter) or (method == "scale" and w.dim() != 1):
             continue  # running statistics say nothing about what an index is worth
-        g = None if gradients is None else gradients.get(cut.name)
+        g = evidence.gradients.get(method, {}).get(cut.name)
         if method in WITH_GRADIENT and g is None:
             raise RecipeError(
                 f"pruning by {method} needs gradients",
-                required="gradients of a loss, or a score that goes by the weights alone",
+                required="data with labels, for a model whose output has a loss",
                 found=f"no gradient of {cut.name}",
-                cure="choose l1, l2 or scale: compress() has no loss to take gradients of",
+                cure="give inputs= and data= with labels, or choose a score of the weights: l1, l2, scale",
             )
         each = elements(w, g, method)
         others = [dim for dim in range(w.dim()) if dim != cut.dim]
         total += folded(walk.stored[cut.name][cut.dim], each.sum(others) if others else each, group.leaf).cpu()
     return finished(total, method)
+
+
+def _routed(group: Group, masses: Sequence[Mass] | None) -> Tensor:
+    if masses is None:
+        raise RecipeError(
+            "pruning by routed mass needs data",
+            required="compress(model, recipe, data=[batch, ...])",
+            found="no data that routers were watched on",
+            cure="choose l1, l2 or scale, which go by the weights alone",
+        )
+    own = [folded(axis, mass, group.leaf) for axis, mass in masses if group.leaf in leaves(axis)]
+    if not own:
+        raise RecipeError(
+            "only experts that a router chooses have a routed mass",
+            required="groups of experts with a router",
+            found=f"{group.name}, of kind {group.kind}",
+            cure="scopes: experts; or choose another score for this rule",
+        )
+    return torch.stack(own).sum(0)
+
+
+def routed_mass(chosen: Tensor, weights: Tensor, n: int) -> Tensor:
+    """fp64 (n,): the sum of the weights with which each index was chosen.
+
+    chosen: int (..., k), indices; weights: (..., k). m[e] = sum of weights where chosen = e.
+    """
+    mass = torch.zeros(n, dtype=torch.float64)  # on the CPU, where the order of a sum does not change
+    return mass.index_add_(0, chosen.reshape(-1).long().cpu(), weights.detach().reshape(-1).double().cpu())
 
 
 def folded(axis: Axis, values: Tensor, leaf: Atom) -> Tensor:

@@ -91,7 +91,7 @@ def _replaced(program: Program, walk: Walk, node: fx.Node, old: Any, number: Siz
         kept, full = count(number.axis, of, number.upto), number.upto or size(number.axis)
         times = program.emit(operator.mul, old, kept, like=node)
         return program.emit(operator.floordiv, times, full, like=node)
-    return old if old == -1 and number.upto is None else count(number.axis, of, number.upto)
+    return old if old == -1 and number.upto is None else count(number.axis, of, number.upto) + number.more
 
 
 def _write(node: fx.Node, arguments: list[Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import products, shapes
+from . import experts, products, shapes
 from .walk import Axes, Rule, Walk
 
 aten = torch.ops.aten
@@ -55,7 +55,7 @@ TRANSFER: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (products.reduction("zero", 2, 3), ("linalg_vector_norm",)),
     (products.reduction("zero", 2, 3), ("norm.ScalarOpt_dim",)),
     (products.reduction("zero", None, None), ("sum",)),
-    (products.extreme(1, 2), ("amax", "amin", "argmax", "argmin", "max.dim", "min.dim", "any.dim", "all.dim")),
+    (products.extreme(1, 2), ("amax", "amin", "argmin", "min.dim", "any.dim", "all.dim")),
     (products.extreme(1, 2), ("logsumexp", "prod.dim_int", "median.dim")),
     (products.extreme(1, 3), ("var.dim", "std.dim", "var.correction", "std.correction")),
     (products.extreme(None, None), ("max", "min", "any", "all", "prod", "var", "std")),
@@ -73,7 +73,7 @@ TRANSFER: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (shapes.expand_as, ("expand_as",)),
     (shapes.repeat, ("repeat", "tile")),
     (shapes.repeat_interleave, ("repeat_interleave.self_int",)),
-    (shapes.cat, ("cat", "concat", "concatenate")),
+    (experts.cat, ("cat", "concat", "concatenate")),
     (shapes.stack, ("stack",)),
     (shapes.select, ("select.int",)),
     (shapes.unbind, ("unbind.int",)),
@@ -87,17 +87,23 @@ TRANSFER: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (shapes.spatial(2), ("max_pool2d_with_indices", "_upsample_bilinear2d_aa.vec")),
     (shapes.spatial(3), ("adaptive_avg_pool3d", "avg_pool3d", "max_pool3d", "upsample_nearest3d.vec")),
     (shapes.spatial(3), ("upsample_trilinear3d.vec", "max_pool3d_with_indices")),
-    (shapes.along(1), ("cumsum", "flip", "cumprod", "logcumsumexp", "log_softmax.int")),
-    (shapes.along(2), ("roll", "topk")),
+    (products.running, ("cumsum",)),
+    (shapes.along(1), ("flip", "cumprod", "logcumsumexp", "log_softmax.int")),
+    (shapes.along(2), ("roll",)),
     (shapes.along(1), ("sort",)),
-    (shapes.index, ("index.Tensor",)),
     (shapes.index_select, ("index_select",)),
-    (shapes.gather, ("gather", "take_along_dim")),
     (shapes.created(0), ("zeros", "ones", "empty.memory_format", "full")),
     (shapes.created(1), ("new_zeros", "new_ones", "new_empty", "new_full")),
     (shapes.counted, ("arange", "arange.start", "arange.start_step", "linspace", "scalar_tensor", "eye", "eye.m")),
     (shapes.pixel_shuffle, ("pixel_shuffle",)),
-    (shapes.item, ("getitem",)),
+    # choices by number
+    (experts.topk, ("topk",)),
+    (experts.largest, ("max.dim", "argmax")),
+    (experts.histc, ("histc",)),
+    (experts.one_hot, ("one_hot",)),
+    (experts.index, ("index.Tensor",)),
+    (experts.gather, ("gather", "take_along_dim")),
+    (experts.scatter, ("scatter.value", "scatter_.value", "scatter.src", "scatter_.src")),
     # calls without arithmetic of their own
     (first, ("contiguous", "clone", "alias", "detach", "detach_", "lift_fresh_copy", "_to_copy", "requires_grad_")),
     (first, ("to.dtype", "to.dtype_layout", "to.device", "to.other", "type_as", "_assert_tensor_metadata")),
@@ -111,14 +117,22 @@ TRANSFER: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (elementwise, ("masked_fill.Tensor", "masked_fill_.Scalar", "masked_fill_.Tensor", "rrelu", "gelu_")),
 )
 
+# Calls whose elements are those of their first operand, indices of experts among them.
+MOVED = (
+    *("view", "reshape", "_unsafe_view", "flatten.using_ints", "unflatten.int", "permute", "transpose.int"),
+    *("squeeze", "squeeze.dim", "unsqueeze", "expand", "repeat_interleave.self_int", "slice.Tensor", "select.int"),
+    *("sort", "contiguous", "clone", "alias", "detach", "_to_copy", "to.dtype", "to.dtype_layout", "to.device"),
+)
+
 _RULES = {name: rule for rule, names in TRANSFER for name in names}
+_RULES |= {name: experts.carried(_RULES[name]) for name in MOVED}
 
 
 def rule_of(node: fx.Node) -> Rule | None:
     """The rule for a call: its own, or that of all element-wise ones. None where there is none."""
     target = node.target
     if target is operator.getitem:
-        return shapes.item
+        return experts.item
     name = _name_of(target)
     if name in _RULES:
         return _RULES[name]

@@ -5,8 +5,10 @@ the axes it keeps what pruning has to do to the graph:
 
     Ending    where an axis is summed over, so that a cut index must read zero there (or be left out of a statistic)
     Size      a number in a call that counts indices of an axis, or is a place on it
+    Pointer   a tensor whose values are indices of an axis: which experts a router has chosen
 
-Inputs, outputs, integers and constants are frozen; float parameters and buffers are free.
+Inputs, outputs, integers and constants are frozen; float parameters and buffers are free. A pointer's values are
+numbered anew when its axis is cut, so a call that reads them and has no rule for that freezes the axis.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from ..watch import watch
 from .axes import Atom, Axis, Space, leaves, size
 
 Axes = list[Axis]
-How = Literal["zero", "mean", "softmax", "layer_norm", "rms_norm", "group_norm", "batch_norm"]
+How = Literal["zero", "mean", "softmax", "largest", "layer_norm", "rms_norm", "group_norm", "batch_norm"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Ending:
 class Size:
     """A number that goes by an axis: `argument` of a call (its element `index`, if it is a list).
 
-    upto: the number is a place on the axis, not how many indices it has
+    upto: the number is a place on the axis, not how many indices it has; more: it is that much larger
     """
 
     node: fx.Node
@@ -51,6 +53,28 @@ class Size:
     index: int | None
     axis: Axis
     upto: int | None = None
+    more: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """A call that takes the largest of an axis, and their numbers.
+
+    weighed: what the chosen ones weigh, if that is not what was compared: a pointer and a tensor of its shape; or
+        None and a tensor that has the axis as a dimension
+    """
+
+    node: fx.Node
+    axis: Axis
+    weighed: list[tuple[fx.Node | None, fx.Node]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class Pointer:
+    """The values of a tensor are indices of `axis`, which `choices` have made."""
+
+    axis: Axis
+    choices: tuple[Choice, ...]
 
 
 @dataclass
@@ -59,6 +83,8 @@ class Walk:
 
     values: of every node at one set of sizes; axes: of every tensor, a list for a call that gives several
     stored: axes of parameters and float buffers, by name; roles: what axes are in the calls that they come to
+    points: of every tensor that is a pointer, a list for a call that gives several; read: (reader, pointer) by rules
+    floors: how many indices of an axis have to stay
     """
 
     program: Program
@@ -69,6 +95,10 @@ class Walk:
     roles: list[tuple[str, Axis]] = field(default_factory=list)
     endings: list[Ending] = field(default_factory=list)
     sizes: list[Size] = field(default_factory=list)
+    points: dict[fx.Node, Any] = field(default_factory=dict)
+    read: set[tuple[fx.Node, fx.Node]] = field(default_factory=set)
+    choices: list[Choice] = field(default_factory=list)
+    floors: list[tuple[Axis, int]] = field(default_factory=list)
 
     @staticmethod
     def over(program: Program, rules: Callable[[fx.Node], Rule | None]) -> Walk:
@@ -78,6 +108,8 @@ class Walk:
         for node in program.graph.nodes:
             walk.space.op = node.name
             walk._visit(node, rules)
+            walk._require_read(node)
+        walk._freeze_unused()
         return walk
 
     def on(self, program: Program) -> Walk:
@@ -109,6 +141,21 @@ class Walk:
                 self.unknown(node)
         else:
             self.unknown(node)
+
+    def _require_read(self, node: fx.Node) -> None:
+        """A call that reads indices by a rule of its own says so; any other one freezes what they are indices of."""
+        for source in node.all_input_nodes:
+            if source in self.points and (node, source) not in self.read and _name(node) not in _SHAPES_ONLY:
+                for pointer in _pointers(self.points[source]):
+                    self.space.freeze(pointer.axis, f"{node.name}: it reads which of them were chosen")
+
+    def _freeze_unused(self) -> None:
+        """The largest of an axis by which nothing is chosen depend on all of it."""
+        used = self.leaves_with("experts")
+        for choice in self.choices:
+            for leaf in leaves(choice.axis):
+                if leaf not in used:
+                    leaf.reason = leaf.reason or f"{choice.node.name}: it looks at all of it"
 
     def _of_stored(self, name: str, value: Any) -> Axes:
         name = self.program.store.canonical(name)
@@ -157,9 +204,29 @@ class Walk:
         """The call sums over a dimension of an operand."""
         self.endings.append(Ending(node, how, argument, dim, index))
 
-    def size(self, node: fx.Node, argument: int, axis: Axis, index: int | None = None, upto: int | None = None) -> None:
+    def size(
+        self,
+        node: fx.Node,
+        argument: int,
+        axis: Axis,
+        index: int | None = None,
+        upto: int | None = None,
+        *,
+        more: int = 0,
+    ) -> None:
         """The call has a number that goes by an axis."""
-        self.sizes.append(Size(node, argument, index, axis, upto))
+        self.sizes.append(Size(node, argument, index, axis, upto, more))
+
+    def pointer(self, node: Any) -> Pointer | None:
+        """What a tensor's values are indices of, if they are."""
+        found = self.points.get(node) if isinstance(node, fx.Node) else None
+        return found if isinstance(found, Pointer) else None
+
+    def follow(self, node: fx.Node, source: fx.Node, pointer: Any = None) -> None:
+        """`node` reads the indices in `source` as its rule knows; with a pointer its values are indices too."""
+        self.read.add((node, source))
+        if pointer is not None:
+            self.points[node] = pointer
 
     def role(self, role: str, *axes: Axis) -> None:
         """Say what axes are here: heads, channels or experts."""
@@ -230,3 +297,11 @@ def _flat(axes: Any) -> list[Axis]:
 
 def _name(node: fx.Node) -> str:
     return str(node.target).removesuffix(".default")
+
+
+# What these read of a tensor of indices is not its values.
+_SHAPES_ONLY = ("aten.sym_size.int", "aten.zeros_like", "aten.ones_like", "aten.empty_like", "aten.full_like")
+
+
+def _pointers(found: Any) -> list[Pointer]:
+    return [p for p in found if p is not None] if isinstance(found, list) else [found]
