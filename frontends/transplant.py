@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -12,34 +13,32 @@ from torch import Tensor, nn
 from ..passes.fold import BATCH_NORM_INTO_CONV
 from ..passes.lower import asymmetric_shift, corrected_bias_name, sums_name
 from ..passes.quantize.twins import symmetric_padding
-from ..passes.verify import difference
 from ..runtime.compressed import Compressed
-from ..runtime.contract import Signature
-from ..runtime.errors import DwindleError
-from ..runtime.model import GraphModel, flat_outputs
+from ..runtime.model import GraphModel
 from ..runtime.modules import QuantizedConv2d, QuantizedEmbedding, QuantizedLinear
-from ..runtime.plan import Quantize, input_scale_name, input_zero_name
+from ..runtime.plan import Quantize, Slice, input_scale_name, input_zero_name
 from ..runtime.qtensor import QTensor
 from ..runtime.randomness import own_random_state
-from ..runtime.structure import flatten
 from .inputs import as_arguments
+from .resize import Beside, TransplantError, analysed, examples, fit_layers, resize
 
 # Module and graph call the same operators on the same codes: measured exactly 0 on all tiny models, dynamic and
 # static. Room is left for layers that stay floating point and round otherwise (addmm against linear), since one
 # rounding may flip a code.
 LIMIT = 2e-2
 
-
-class TransplantError(DwindleError):
-    """A Plan that the eager module cannot express."""
+# Where nothing is quantised both round alike, up to the order of a sum.
+EXACT = 1e-5
 
 
 @own_random_state()
 def transplant(small: Compressed, model: nn.Module, *, inputs: Any = None) -> nn.Module:
-    """A copy of the eager `model` that runs the quantised layers of `small`.
+    """A copy of the eager `model` that is cut as `small` is, and runs its quantised layers.
 
     Every tensor is that of `small`, trained ones too, and the model's own where `small` has no use for it. Parameters
     are shared, not duplicated, and none is trainable; buffers are the copy's own, since a forward may write them.
+    Where something was cut the parameters are the copy's own too, and train as the model's do if none is packed.
+    Its modules' numbers (heads, widths) follow the cuts; a config stays as it was unless a forward reads it.
     It has the model's class, config and methods, and is run beside `small` on `inputs` (made up for transformers
     models). Raises TransplantError for edits that have no eager form, naming them, and if the two differ.
     """
@@ -49,13 +48,6 @@ def transplant(small: Compressed, model: nn.Module, *, inputs: Any = None) -> nn
             required="what compress() or student.finish() gives",
             found=type(small).__name__,
             cure="student.finish()" if isinstance(small, GraphModel) else None,
-        )
-    if small.plan.slices:
-        raise TransplantError(
-            "the eager model cannot be pruned yet",
-            required="a plan that quantises and does not cut",
-            found=f"{len(small.plan.slices)} cuts",
-            cure="call the compressed model itself",
         )
     edits = small.plan.quantizations
     unfit = sorted({e.fqn for e in edits if not _expressible(model, small.store.names_of(e.fqn), e.operator)})
@@ -76,11 +68,17 @@ def transplant(small: Compressed, model: nn.Module, *, inputs: Any = None) -> nn
             found=", ".join(several[:5]),
             cure="call the compressed model itself, or choose range 'dynamic'",
         )
-    copied = _copy(model, small)
-    for edit in edits:
-        for name in small.store.names_of(edit.fqn):
-            _replace(copied, name, edit, small)
-    _verify(small, copied.eval(), model, inputs)
+    arguments = as_arguments(model, inputs)
+    copied = _copy(model, small).eval()
+    if not small.plan.slices:
+        _replace_all(copied, small)
+        _verify(Beside.of(copied, small, [arguments], LIMIT))
+        return copied
+    walk, kept = analysed(model, small, arguments)
+    fit_layers(model, copied, walk, kept)
+    _replace_all(copied, small)
+    exact = not edits and small.dtype in (torch.float32, torch.float64)
+    resize(model, Beside.of(copied, small, examples(small, arguments), EXACT if exact else LIMIT), walk, kept)
     return copied
 
 
@@ -115,24 +113,54 @@ def _folds(small: Compressed) -> bool:
 
 
 def _copy(model: nn.Module, small: Compressed) -> nn.Module:
-    """New modules on the tensors of `small`."""
+    """New modules on the tensors of `small`; on their own memory where something is cut, so that they may train."""
     # Folding writes other weights under a convolution's own names. Only compress folds; it changes nothing else.
     folded = _folds(small)
-    held: dict[int, Any] = {}
+    pruned, trains = bool(small.plan.slices), bool(small.plan.slices) and not small.plan.quantizations
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    cuts = _cuts(dict(named), small)
+    held: dict[int, Any] = {}
     for name, own in named:
-        stored = small.store.get(name)
-        value = stored if isinstance(stored, Tensor) and not folded else own
-        if value.shape != own.shape:
-            raise TransplantError(
-                f"{name} is not of the model that was compressed",
-                required=f"shape {list(value.shape)}",
-                found=list(own.shape),
-            )
-        parameter = isinstance(own, nn.Parameter)
-        new = nn.Parameter(value.detach(), requires_grad=False) if parameter else value.detach().clone()
-        held.setdefault(id(own), new)
+        if id(own) in held:
+            continue
+        stored, cut = small.store.get(name), _without(own.detach(), cuts.get(id(own), []))
+        value = stored.detach() if isinstance(stored, Tensor) and not folded else cut
+        if value.shape != cut.shape:
+            raise _another(name, f"shape {list(value.shape)}", list(cut.shape))
+        if isinstance(own, nn.Parameter):
+            held[id(own)] = nn.Parameter(value.clone() if pruned else value, requires_grad=trains and own.requires_grad)
+        else:
+            held[id(own)] = value.clone()
     return copy.deepcopy(model, held)
+
+
+def _cuts(named: Mapping[str, Tensor], small: Compressed) -> dict[int, list[Slice]]:
+    """By the identity of the model's tensors, which a tied one has one of under all its names."""
+    found: dict[int, list[Slice]] = {}
+    for edit in small.plan.slices:
+        own = named.get(edit.fqn)
+        if own is None or own.dim() <= edit.dim or own.shape[edit.dim] != edit.size:
+            raise _another(edit.fqn, f"size {edit.size} in dimension {edit.dim}", None if own is None else [*own.shape])
+        found.setdefault(id(own), []).append(edit)
+    return found
+
+
+def _without(tensor: Tensor, cuts: Sequence[Slice]) -> Tensor:
+    for edit in cuts:
+        stay = torch.ones(edit.size, dtype=torch.bool)
+        stay[list(edit.removed)] = False
+        tensor = tensor.index_select(edit.dim, stay.nonzero().flatten().to(tensor.device))
+    return tensor
+
+
+def _another(name: str, required: object, found: object) -> TransplantError:
+    return TransplantError(f"{name} is not of the model that was compressed", required=required, found=found)
+
+
+def _replace_all(copied: nn.Module, small: Compressed) -> None:
+    for edit in small.plan.quantizations:
+        for name in small.store.names_of(edit.fqn):
+            _replace(copied, name, edit, small)
 
 
 def _replace(model: nn.Module, fqn: str, edit: Quantize, small: Compressed) -> None:
@@ -177,27 +205,19 @@ def _activation(
     return bias, {"activation": activation, "input_scale": scale, "input_zero_point": zero}
 
 
-def _verify(small: Compressed, copied: nn.Module, model: nn.Module, inputs: Any) -> None:
-    arguments = as_arguments(model, inputs)
-    call = {n: v for n, v in arguments.items() if n in Signature.of(copied).names}
-    with torch.no_grad():
-        torch.manual_seed(0)  # a model may draw noise in eval mode too
-        expected = flat_outputs(flatten(small(**arguments))[1])
-        torch.manual_seed(0)
-        try:
-            found = flat_outputs(flatten(copied(**call))[1])
-        except (TypeError, AttributeError) as error:  # a packed weight is no tensor
-            raise TransplantError(
-                "the eager module does not run with packed weights",
-                required="modules that alone read their weights",
-                found=f"{type(error).__name__}: {error}",
-                cure="some module reads the weight of another; leave it out in the recipe",
-            ) from error
-    delta = difference(expected, found)
-    if not delta.relative <= LIMIT:
+def _verify(beside: Beside) -> None:
+    failure = beside.failure()
+    if failure is not None and failure.where is not None:  # a packed weight is no tensor
+        raise TransplantError(
+            "the eager module does not run with packed weights",
+            required="modules that alone read their weights",
+            found=f"{failure.what} in {failure.where or 'the model'}",
+            cure="some module reads the weight of another; leave it out in the recipe",
+        )
+    if failure is not None:
         raise TransplantError(
             "the eager module does not compute what the graph does",
             required=f"a relative difference of at most {LIMIT}",
-            found=f"{delta.relative:.3g}",
+            found=failure.what,
             cure="some module reads its weight itself; leave it out in the recipe",
         )

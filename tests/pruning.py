@@ -16,8 +16,11 @@ from dwindle.passes.prune.axes import Atom
 from dwindle.passes.prune.groups import Group, find_groups, kept_count
 from dwindle.passes.prune.transfer import rule_of
 from dwindle.passes.prune.walk import Walk
+from dwindle.passes.verify import difference
 from dwindle.runtime.contract import Signature
+from dwindle.runtime.model import flat_outputs
 from dwindle.runtime.store import Store
+from dwindle.runtime.structure import flatten
 
 
 def walked(model: nn.Module, inputs: Any) -> tuple[Walk, list[Tensor]]:
@@ -31,6 +34,17 @@ def walked(model: nn.Module, inputs: Any) -> tuple[Walk, list[Tensor]]:
 def groups_of(walk: Walk, chosen: Callable[[Group], bool] = lambda group: True) -> list[Group]:
     """Those that may be pruned."""
     return [group for group in find_groups(walk) if not group.reason and chosen(group)]
+
+
+def outputs(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
+    """All tensors that a call gives."""
+    with torch.no_grad():
+        return flat_outputs(flatten(model(**inputs))[1])
+
+
+def apart(a: nn.Module, b: nn.Module, inputs: dict[str, Any]) -> float:
+    """|a - b| / |a| over all outputs."""
+    return difference(outputs(a, inputs), outputs(b, inputs)).relative
 
 
 def random_cut(groups: Sequence[Group], ratio: float, seed: int = 0) -> dict[Atom, Tensor]:
