@@ -118,7 +118,15 @@ AUSTEN = Package(  # MIT; the novels are in the public domain. 1.6 MiB; in Debia
     sha256="df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95",
     key_sha256="8fb5198960d0da724b1562f96e4221e5c1b41ff455000280b02c55980c3d8f21",
 )
-PACKAGES = (MINILM, BBC, DIGITS_CNN, DIGITS, SENTIMENT, GLASSLLM, AUSTEN)
+FASHION = Package(  # MIT. 29.5 MiB; the key file holds the training images
+    name="dataset-fashion-mnist",
+    version="0.0~git20200523.55506a9-1",
+    form="deb",
+    key="usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz",
+    sha256="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+    key_sha256="b0564c3eedabfbf835052cff8503ea422014ce006caf5b757f851416ee8300c7",
+)
+PACKAGES = (MINILM, BBC, DIGITS_CNN, DIGITS, SENTIMENT, GLASSLLM, AUSTEN, FASHION)
 
 
 def cache_root() -> Path:

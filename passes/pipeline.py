@@ -138,7 +138,7 @@ def _prune(program: Program, job: Job) -> Program:
         return gated(program, walk, list(job.pruning.gates.values()), weights=bool(quantized))
     if job.plan is None:
         said = evidence(walk, job.prunes, job.batches, job.loss)
-        kept = accepted(walk, chosen(walk, job.prunes, said), job.inputs)
+        kept = accepted(walk, chosen(walk, job.prunes, said, next(iter(job.inputs), None)), job.inputs)
         job.slices = tuple(slices_of(walk, kept))
     else:
         kept = leaves_of(walk, job.plan.slices)

@@ -17,12 +17,13 @@ from .axes import Atom
 from .choose import Cost, Ratio, Scores, at_part, local, to_target
 from .groups import KINDS, Group, Kind, find_groups
 from .keep import Kept
+from .latency import latency
 from .proof import LIMIT, proven
 from .score import NOTHING, Evidence, Method, lowest, score
 from .walk import Walk
 
 STAGE = "prune"
-Target = Literal["params", "flops", "bytes"]
+Target = Literal["params", "flops", "bytes", "latency"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,25 +82,45 @@ def selected(walk: Walk, rules: Sequence[PruneRule]) -> dict[PruneRule, list[Gro
 
 
 def choose(
-    walk: Walk, rule: PruneRule, groups: Sequence[Group], scores: Scores, part: float = 1.0
+    walk: Walk,
+    rule: PruneRule,
+    groups: Sequence[Group],
+    scores: Scores,
+    part: float = 1.0,
+    inputs: Sequence[Tensor] | None = None,
 ) -> dict[Atom, Tensor]:
-    """What is kept of each leaf that loses something, by the groups' scores. part: of the pruning, in training."""
+    """What is kept of each leaf that loses something, by the groups' scores.
+
+    part: of the pruning, in training; inputs: flat example, for latency. Raises RecipeError for a target that cannot
+    be met, and for latency without an example.
+    """
     if rule.target is None:
         return local(groups, scores, at_part(rule.ratio, part), rule.multiple)
     measure, left = rule.target
-    return to_target(groups, scores, _cost(walk, measure), 1 - (1 - left) * part, rule.multiple)
+    return to_target(groups, scores, _cost(walk, measure, inputs), 1 - (1 - left) * part, rule.multiple)
 
 
-def chosen(walk: Walk, rules: Sequence[PruneRule], evidence: Evidence = NOTHING) -> dict[Atom, Tensor]:
+def chosen(
+    walk: Walk, rules: Sequence[PruneRule], evidence: Evidence = NOTHING, inputs: Sequence[Tensor] | None = None
+) -> dict[Atom, Tensor]:
     """What is kept of each leaf that loses something, for all rules. Raises RecipeError as `selected` does."""
     kept: dict[Atom, Tensor] = {}
     for rule, groups in selected(walk, rules).items():
         scores = {g.leaf: score(walk, g, rule.score, evidence, rule.seed) for g in groups}
-        kept |= choose(walk, rule, groups, scores)
+        kept |= choose(walk, rule, groups, scores, inputs=inputs)
     return kept
 
 
-def _cost(walk: Walk, measure: Target) -> Cost:
+def _cost(walk: Walk, measure: Target, inputs: Sequence[Tensor] | None) -> Cost:
+    if measure == "latency":
+        if inputs is None:
+            raise RecipeError(
+                "latency is measured on a model that is cut, and one in training is not",
+                required="a target of flops, params or bytes, or a ratio",
+                found="a target of latency",
+                cure="compress() with the latency tells the flops that it takes",
+            )
+        return latency(walk, inputs)
     if measure == "flops":
         products = cost.products(walk)
         return lambda of: cost.flops(products, of)
