@@ -129,11 +129,19 @@ def _cost(walk: Walk, measure: Target, inputs: Sequence[Tensor] | None) -> Cost:
 
 def _nothing(rule: PruneRule, groups: Sequence[Group]) -> RecipeError:
     meant = [group for group in groups if rule.selects(group)]
+    if any(not group.reason for group in meant):
+        return RecipeError(
+            "a pruning rule has nothing left to prune",
+            required="a group that no later rule selects",
+            found="later rules select all that it does",
+            cure="put the wider rule first, or leave one of them out",
+        )
     reasons = sorted({f"{group.name}: {group.reason}" for group in meant if group.reason})
     found = sorted({group.kind for group in groups if not group.reason})
+    wide = f" with {rule.least} indices or more" if rule.least > 2 else ""
     return RecipeError(
         "a pruning rule finds nothing to prune",
-        required=f"groups of {', '.join(rule.kinds)} in modules {', '.join(rule.modules)}",
+        required=f"groups of {', '.join(rule.kinds)}{wide} in modules {', '.join(rule.modules)}",
         found="; ".join(reasons[:5]) or f"groups of {', '.join(found) or 'no kind'}",
         cure="`dwindle inspect MODEL --groups` lists all groups, and why some stay",
     )

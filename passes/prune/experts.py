@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import products, shapes
+from . import lookup, products, shapes
 from .axes import Atom, Axis, leaves, norm, size
 from .walk import Axes, Choice, Pointer, Rule, Walk
 
@@ -141,7 +141,7 @@ def index(walk: Walk, node: fx.Node, args: Args) -> Any:
     by = args[1][used[0]]
     pointer = walk.pointer(by) if len(used) == 1 else None
     if pointer is None:
-        return carried(shapes.index)(walk, node, args)
+        return carried(lookup.index)(walk, node, args)
     x = walk[args[0]]
     walk.follow(node, by)
     walk.role(ROLE, pointer.axis)
@@ -149,16 +149,22 @@ def index(walk: Walk, node: fx.Node, args: Args) -> Any:
     return [*x[: used[0]], *walk[by], *x[used[0] + 1 :]]
 
 
-def gather(walk: Walk, node: fx.Node, args: Args) -> Any:
-    """out[t, j] = x[t, i[t, j]]: scores of those that were chosen."""
-    x, dim, by = walk[args[0]], args[1], args[2]
-    pointer = walk.pointer(by)
-    if pointer is None:
-        return shapes.gather(walk, node, args)
-    _beside(walk, node, x, dim % len(x), by, pointer)
-    for choice in pointer.choices:
-        choice.weighed.append((by, node))
-    return walk[by]
+def gathered(rule: Rule) -> Rule:
+    """out[t, j] = x[t, i[t, j]]: scores of those that were chosen; `rule` serves where the numbers are no choice."""
+
+    def gather(walk: Walk, node: fx.Node, args: Args) -> Any:
+        x, dim, by = walk[args[0]], args[1], args[2]
+        if node.target is torch.ops.aten.take_along_dim.default:
+            dim, by = by, dim
+        pointer = walk.pointer(by)
+        if pointer is None or dim is None:
+            return rule(walk, node, args)
+        _beside(walk, node, x, dim % len(x), by, pointer)
+        for choice in pointer.choices:
+            choice.weighed.append((by, node))
+        return walk[by]
+
+    return gather
 
 
 def scatter(walk: Walk, node: fx.Node, args: Args) -> Any:

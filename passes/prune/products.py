@@ -20,11 +20,12 @@ Args = Sequence[Any]
 def linear(walk: Walk, node: fx.Node, args: Args) -> Axes:
     """x (..., K) @ w (N, K) + b (N,)."""
     x, w, b = args
-    walk.space.tie(walk[x][-1], walk[w][1])
+    rows = walk[w][:-1]  # none where w is a vector
+    walk.space.tie(walk[x][-1], walk[w][-1])
     if b is not None:
-        walk.space.tie(walk[w][0], walk[b][0])
+        walk.broadcast(rows, walk[b])
     walk.end(node, 0, -1)
-    return [*walk[x][:-1], walk[w][0]]
+    return [*walk[x][:-1], *rows]
 
 
 def matmul(walk: Walk, node: fx.Node, args: Args) -> Axes:
@@ -35,6 +36,59 @@ def matmul(walk: Walk, node: fx.Node, args: Args) -> Axes:
 def addmm(walk: Walk, node: fx.Node, args: Args) -> Axes:
     """b + x @ w."""
     return walk.broadcast(walk[args[0]], _product(walk, node, walk[args[1]], walk[args[2]], 1))
+
+
+def addbmm(walk: Walk, node: fx.Node, args: Args) -> Axes:
+    """b + the sum of x[i] @ w[i]."""
+    batch, *made = _product(walk, node, walk[args[1]], walk[args[2]], 1)
+    if size(batch) != 1:
+        walk.end(node, 1, 0)
+    return walk.broadcast(walk[args[0]], made)
+
+
+def outer(walk: Walk, node: fx.Node, args: Args) -> Axes:
+    """Each number of one vector times each of another."""
+    return [*walk[args[0]], *walk[args[1]]]
+
+
+def inner(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """x (..., K) and w (..., K): every row by every other one."""
+    x, w = walk[args[0]], walk[args[1]]
+    if not x or not w:
+        return walk.unknown(node)
+    walk.space.tie(x[-1], w[-1])
+    walk.end(node, 0, -1)
+    return [*x[:-1], *w[:-1]]
+
+
+def cosine_similarity(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """Over one dimension: both norms are taken over it too, so either operand reads zero."""
+    x, y, dim = walk[args[0]], walk[args[1]], args[2]
+    if [size(axis) for axis in x] != [size(axis) for axis in y] or not x:
+        return walk.unknown(node)
+    made = walk.broadcast(x, y)
+    for argument in (0, 1):
+        walk.end(node, argument, dim % len(x) - len(x))
+    return _reduced(made, [dim % len(x)], keep=False)
+
+
+def cdist(walk: Walk, node: fx.Node, args: Args) -> Axes:
+    """x (..., P, M) and y (..., R, M): the distances (..., P, R); a coordinate that is zero in both adds nothing."""
+    x, y = walk[args[0]], walk[args[1]]
+    walk.space.tie(x[-1], y[-1])
+    for argument in (0, 1):
+        walk.end(node, argument, -1)
+    return [*walk.broadcast(x[:-2], y[:-2]), x[-2], y[-2]]
+
+
+def weight_norm(walk: Walk, node: fx.Node, args: Args) -> Axes:
+    """v g / |v|, the norm over all dimensions but one, or over all where that is -1."""
+    v, dim = walk[args[0]], args[2]
+    walk.broadcast(v, walk[args[1]])
+    for d in range(len(v)):
+        if d != dim:
+            walk.end(node, 0, d - len(v))
+    return v
 
 
 def _product(walk: Walk, node: fx.Node, x: Axes, w: Axes, argument: int) -> Axes:
@@ -48,21 +102,37 @@ def _product(walk: Walk, node: fx.Node, x: Axes, w: Axes, argument: int) -> Axes
 
 def einsum(walk: Walk, node: fx.Node, args: Args) -> Any:
     """One axis a letter; letters that the result lacks are summed over."""
-    equation, operands = str(args[0]).replace(" ", ""), args[1]
-    if "..." in equation or "->" not in equation:
-        return walk.unknown(node)
-    left, right = equation.split("->")
+    operands = args[1]
+    terms, right = _spelled(str(args[0]), [len(walk[operand]) for operand in operands])
     letters: dict[str, Axis] = {}
-    for position, (term, operand) in enumerate(zip(left.split(","), operands, strict=True)):
+    ended: set[str] = set()
+    for position, (term, operand) in enumerate(zip(terms, operands, strict=True)):
+        new = set(term) - set(right) - ended
         for dim, letter in enumerate(term):
             axis = walk[operand][dim]
             if size(letters.get(letter, ())) == 1:
                 letters[letter] = axis
             elif size(axis) != 1:
                 walk.space.tie(letters[letter], axis)
-            if letter not in right and letter not in "".join(left.split(",")[:position]):
+            if letter in new and size(axis) != 1:  # an operand of size 1 is repeated along it
                 walk.end(node, 1, dim, index=position)
+                ended.add(letter)
     return [letters[letter] for letter in right]
+
+
+def _spelled(equation: str, depths: Sequence[int]) -> tuple[list[str], str]:
+    """The terms and the result of an equation, with a letter for each dimension that dots stand for.
+
+    A result that is left out has the dots, and what occurs once in the order of the alphabet.
+    """
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    given = [term.replace("...", ".") for term in left.split(",")]
+    dots = [depth - len(term) + 1 if "." in term else 0 for term, depth in zip(given, depths, strict=True)]
+    places = "".join(map(chr, range(ord("0"), ord("0") + max(dots))))  # aligned at the last one
+    if not arrow:
+        right = "..." * ("." in left) + "".join(sorted(c for c in set(left) - set(".,") if left.count(c) == 1))
+    terms = [term.replace(".", places[len(places) - n :]) for term, n in zip(given, dots, strict=True)]
+    return terms, right.replace("...", places)
 
 
 def convolution(spatial: int) -> Rule:
@@ -113,6 +183,7 @@ def convolution_transposed(spatial: int) -> Rule:
         if b is not None:
             walk.space.tie(out, walk[b][0])
         walk.end(node, 0, -spatial - 1)
+        walk.role("channels", channels, out)
         return [*walk[x][: -spatial - 1], out, *_space(walk, node, spatial)]
 
     return rule
@@ -127,6 +198,22 @@ def embedding(walk: Walk, node: fx.Node, args: Args) -> Axes:
     w, indices = args[0], args[1]
     walk.space.freeze(walk[w][0], f"{node.name}: rows are looked up by number")
     return [*walk[indices], walk[w][1]]
+
+
+def embedding_bag(walk: Walk, node: fx.Node, args: Args) -> list[Axes]:
+    """Sums, means or maxima of rows of w (V, D), by index."""
+    w = walk[args[0]]
+    walk.space.freeze(w[0], f"{node.name}: rows are looked up by number")
+    (bags, _), *others = walk.fresh(walk.values[node], f"{node.name}: its bags are numbers")
+    return [[bags, w[1]], *others]
+
+
+def prelu(walk: Walk, node: fx.Node, args: Args) -> Axes:
+    """x (B, C, ...), with a slope for each channel or one for all."""
+    x, w = walk[args[0]], walk[args[1]]
+    if w and size(w[0]) != 1:
+        walk.space.tie(x[1 if len(x) > 1 else 0], w[0])
+    return x
 
 
 def batch_norm(walk: Walk, node: fx.Node, args: Args) -> Axes:
@@ -200,6 +287,13 @@ def reduction(how: Any, dims_at: int | None, keep_at: int | None) -> Rule:
         return _reduced(x, dims, keep=keep_at is not None and bool(args[keep_at]))
 
     return rule
+
+
+def vector_norm(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """Of order p over `dims`: a zero adds nothing to it, unless the order is negative."""
+    negative = isinstance(args[1], int | float) and args[1] < 0
+    rule = extreme(2, 3) if negative else reduction("zero", 2, 3)
+    return rule(walk, node, args)
 
 
 def extreme(dims_at: int | None, keep_at: int | None) -> Rule:

@@ -6,7 +6,8 @@ fresh model's zeros and ones hide errors. Dropout is off, and every cast to a sm
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,9 +51,15 @@ def _apart(full: Program, cut: Program, batch: Sequence[Tensor], seed: int) -> f
     found = []
     inputs = [t.double() if t.is_floating_point() else t for t in batch]
     for program in (full, cut):
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), program.unwritten():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), program.unwritten(), _new_tensors_in_double():
             torch.manual_seed(seed)
-            found.append([t.clone() for t in flat_outputs(program.run([t.clone() for t in inputs]))])
+            try:
+                outputs = program.run([t.clone() for t in inputs])
+            except (RuntimeError, IndexError):
+                if program is full:
+                    raise
+                return float("inf")  # shapes that no longer fit: what was cut was not all
+            found.append([t.clone() for t in flat_outputs(outputs)])
     worst = 0.0
     for a, b in zip(*found, strict=True):
         if a.shape != b.shape:
@@ -67,6 +74,17 @@ def _apart(full: Program, cut: Program, batch: Sequence[Tensor], seed: int) -> f
             apart = float((a[finite] - b[finite]).abs().max()) if finite.any() else 0.0
             worst = max(worst, apart / max(scale, 1e-30))
     return worst
+
+
+@contextmanager
+def _new_tensors_in_double() -> Iterator[None]:
+    """torch.zeros(n) and the like, which name no dtype, meet tensors in float64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def randomised(store: Store, seed: int) -> Store:

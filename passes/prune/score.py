@@ -74,8 +74,8 @@ def score(
 ) -> Tensor:
     """fp64 (n,): the score of each index of a group; the least go first.
 
-    evidence: what data said, for methods that want it. Raises RecipeError where it is missing, and for scores that only
-    training gives.
+    evidence: what data said, for methods that want it. Raises RecipeError where it is missing, for scores that only
+    training gives, and where a number is not finite.
     """
     if method == "movement":
         raise RecipeError(
@@ -104,6 +104,13 @@ def score(
                 cure="give inputs= and data= with labels, or choose a score of the weights: l1, l2, scale",
             )
         each = elements(w, g, method)
+        if not bool(each.isfinite().all()):
+            raise RecipeError(
+                f"the {method} score of {cut.name} is not finite",
+                required="finite numbers in all that is scored",
+                found="NaN or Inf",
+                cure="check the checkpoint, leave the module out with modules=, or choose score 'random'",
+            )
         others = [dim for dim in range(w.dim()) if dim != cut.dim]
         total += folded(walk.stored[cut.name][cut.dim], each.sum(others) if others else each, group.leaf).cpu()
     return finished(total, method)

@@ -27,6 +27,14 @@ def flatten(walk: Walk, node: fx.Node, args: Args) -> Axes:
     return walk.space.regroup(walk[args[0]], walk.shape(node))
 
 
+def view_as(walk: Walk, node: fx.Node, args: Args) -> Axes:
+    """As a view, in the dimensions of another tensor, which have to stay those of the result."""
+    made = walk.space.regroup(walk[args[0]], walk.shape(node))
+    for axis, other in zip(made, walk[args[1]], strict=True):
+        walk.space.tie(axis, other)
+    return made
+
+
 def unflatten(walk: Walk, node: fx.Node, args: Args) -> Axes:
     """One dimension into several of given sizes."""
     made = walk.space.regroup(walk[args[0]], walk.shape(node))
@@ -61,11 +69,23 @@ def transpose_last(walk: Walk, node: fx.Node, args: Args) -> Axes:
     return [*rest, b, a]
 
 
+def movedim(walk: Walk, node: fx.Node, args: Args) -> Axes:
+    """Some dimensions go to other places; the rest keep their order."""
+    x = walk[args[0]]
+    source, target = ([d % len(x) for d in ([a] if isinstance(a, int) else a)] for a in args[1:3])
+    moved = dict(zip(target, source, strict=True))
+    rest = iter(d for d in range(len(x)) if d not in source)
+    return [x[moved[i] if i in moved else next(rest)] for i in range(len(x))]
+
+
 def squeeze(walk: Walk, node: fx.Node, args: Args) -> Axes:
-    """Dimensions of size 1 go."""
+    """Dimensions of size 1 go. One that pruning leaves a single index stays: the call is written anew without it."""
     x, wanted = walk[args[0]], args[1] if len(args) > 1 else list(range(len(walk[args[0]])))
-    dims = {d % len(x) for d in ([wanted] if isinstance(wanted, int) else wanted)}
+    dims = {d % len(x) for d in ([wanted] if isinstance(wanted, int) else wanted)} if x else set()
     shape = walk.shape(args[0])
+    for i in dims:
+        if shape[i] != 1:
+            walk.size(node, 1, x[i])
     return [axis for i, axis in enumerate(x) if i not in dims or shape[i] != 1]
 
 
@@ -94,10 +114,10 @@ def expand_as(walk: Walk, node: fx.Node, args: Args) -> Axes:
 
 def repeat(walk: Walk, node: fx.Node, args: Args) -> Axes:
     """Dimension i becomes [r_i, i]."""
-    x, times = walk[args[0]], walk.number(args[1])
-    x = [()] * (len(times) - len(x)) + list(x)
-    made = []
-    for i, (axis, n) in enumerate(zip(x, times, strict=True)):
+    x, times = walk[args[0]], list(walk.number(args[1]))
+    x, unsaid = [()] * (len(times) - len(x)) + list(x), max(0, len(x) - len(times))
+    made = x[:unsaid]  # tile() may leave out the first dimensions
+    for i, (axis, n) in enumerate(zip(x[unsaid:], times, strict=True)):
         outer = walk.space.axis(n)
         walk.size(node, 1, outer, i)
         made.append((*outer, *axis))
@@ -158,6 +178,20 @@ def unbind(walk: Walk, node: fx.Node, args: Args) -> list[Axes]:
     n = size(x[dim])
     cut(walk, x[dim], list(range(1, n)))
     return [[axis for i, axis in enumerate(x) if i != dim] for _ in range(n)]
+
+
+def narrow(walk: Walk, node: fx.Node, args: Args) -> Axes:
+    """A stretch of a dimension, by its first index and its length."""
+    x, dim = list(walk[args[0]]), args[1] % len(walk[args[0]])
+    if any(isinstance(number, fx.Node) for number in args[2:4]):
+        x[dim] = _moving(walk, node, x[dim], walk.shape(node)[dim])
+        return x
+    start = _place(args[2], size(x[dim]), 0)
+    if start:
+        walk.size(node, 2, x[dim], upto=start)
+    x[dim] = cut(walk, x[dim], [start, start + args[3]])[1] if args[3] else walk.space.axis(0, "empty")
+    walk.size(node, 3, x[dim])
+    return x
 
 
 def slice_(walk: Walk, node: fx.Node, args: Args) -> Axes:
@@ -243,12 +277,14 @@ def item(walk: Walk, node: fx.Node, args: Args) -> Any:
 def pad(walk: Walk, node: fx.Node, args: Args) -> Axes:
     """Dimensions, the last first, grow or shrink at both ends."""
     x, amounts = list(walk[args[0]]), walk.number(args[1])
+    copies = len(args) > 2 and args[2] in ("reflect", "replicate", "circular")
     for i in range(len(amounts) // 2):
         before, after = amounts[2 * i : 2 * i + 2]
         dim = len(x) - 1 - i
-        if before < 0 or after < 0:
-            walk.space.freeze(x[dim], f"{node.name}: it is cropped")
-            x[dim] = walk.space.axis(walk.shape(node)[dim], f"{node.name}: it is cropped")
+        if before < 0 or after < 0 or (copies and (before or after)):
+            reason = f"{node.name}: it is padded with its own" if copies else f"{node.name}: it is cropped"
+            walk.space.freeze(x[dim], reason)
+            x[dim] = walk.space.axis(walk.shape(node)[dim], reason)
         elif before or after:
             ends = [walk.space.axis(n, f"{node.name}: padding") if n else None for n in (before, after)]
             x[dim] = walk.space.sum(p for p in (ends[0], x[dim], ends[1]) if p is not None)
@@ -289,43 +325,6 @@ def along(dim_at: int) -> Rule:
     return rule
 
 
-def index(walk: Walk, node: fx.Node, args: Args) -> Any:
-    """x[i, :, j]: dimensions that are indexed are frozen, and those of the indices take their place."""
-    x, indices = walk[args[0]], [*args[1], *[None] * (len(walk[args[0]]) - len(args[1]))]
-    used = [i for i, tensor in enumerate(indices) if tensor is not None]
-    for i in used:
-        walk.space.freeze(x[i], f"{node.name}: it is indexed by number")
-    chosen = walk.broadcast(*(walk[indices[i]] for i in used))
-    if any(
-        walk.values[indices[i]].dtype.is_floating_point or str(walk.values[indices[i]].dtype) == "torch.bool"
-        for i in used
-    ):
-        return walk.unknown(node)
-    rest = [axis for i, axis in enumerate(x) if i not in used]
-    first = used[0] if used[-1] - used[0] == len(used) - 1 else 0
-    return [*rest[:first], *chosen, *rest[first:]]
-
-
-def index_select(walk: Walk, node: fx.Node, args: Args) -> Axes:
-    """Rows of one dimension by number."""
-    x, dim = list(walk[args[0]]), args[1]
-    walk.space.freeze(x[dim], f"{node.name}: it is indexed by number")
-    x[dim] = walk[args[2]][0] if walk[args[2]] else ()
-    return x
-
-
-def gather(walk: Walk, node: fx.Node, args: Args) -> Axes:
-    """out[i][j] = x[i][index[i][j]]: the dimension is frozen, the others go together where their sizes do."""
-    x, dim, by = walk[args[0]], args[1] % len(walk[args[0]]), walk[args[2]]
-    walk.space.freeze(x[dim], f"{node.name}: it is indexed by number")
-    for i, (axis, other) in enumerate(zip(x, by, strict=True)):
-        if i != dim and size(axis) == size(other):
-            walk.space.tie(axis, other)
-        elif i != dim:
-            walk.space.freeze(axis, f"{node.name}: it is read in part")
-    return by
-
-
 def created(sizes_at: int) -> Rule:
     """A tensor of one value, of given sizes."""
 
@@ -341,12 +340,3 @@ def created(sizes_at: int) -> Rule:
 def counted(walk: Walk, node: fx.Node, args: Args) -> Axes:
     """Numbers in a row."""
     return [walk.space.axis(n, f"{node.name}: its indices are numbers") for n in walk.shape(node)]
-
-
-def pixel_shuffle(walk: Walk, node: fx.Node, args: Args) -> Axes:
-    """(B, [c, r, r], H, W) -> (B, c, [H, r], [W, r])."""
-    *rest, channels, h, w = walk[args[0]]
-    r, n = args[1], size(channels) // args[1] ** 2
-    c, inner = walk.space.axis(n), walk.space.axis(r * r, f"{node.name}: it becomes space")
-    walk.space.tie(channels, (*c, *inner))
-    return [*rest, c, *(walk.space.axis(size(a) * r, f"{node.name}: space") for a in (h, w))]

@@ -22,7 +22,11 @@ from .walk import Size, Walk
 
 aten = torch.ops.aten
 
-_SPLITS = (aten.split.Tensor, aten.chunk.default, aten.split.sizes)
+_SPLITS = (
+    *(aten.split.Tensor, aten.chunk.default, aten.split.sizes),
+    *(aten.tensor_split.sections, aten.tensor_split.indices),
+)
+_SQUEEZES = (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
 
 
 def sliced(program: Program, walk: Walk, of: Kept) -> Program:
@@ -68,6 +72,13 @@ def _rewrite(program: Program, walk: Walk, node: fx.Node, numbers: list[Size], o
         lengths = [count(number.axis, of) for number in numbers]
         dim = arguments[2]
         node.target, node.args, node.kwargs = aten.split_with_sizes.default, (arguments[0], lengths, dim), {}
+        return
+    if node.target in _SQUEEZES:
+        shape = walk.shape(arguments[0])
+        wanted = range(len(shape)) if len(arguments) < 2 else arguments[1]
+        dims = [d % len(shape) for d in ([wanted] if isinstance(wanted, int) else wanted)]
+        single = [d for d in dims if shape[d] == 1]
+        node.target, node.args, node.kwargs = aten.squeeze.dims, (arguments[0], single), {}
         return
     for number in numbers:
         if not is_cut(number.axis, of):
