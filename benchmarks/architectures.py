@@ -89,17 +89,18 @@ def _make(model_class: str, settings: Settings, inputs: Callable[[nn.Module], In
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model = maker(config).eval()
-        for parameter in model.parameters():
-            if parameter.ndim == 1 or len(parameter.unique()) == 1:  # or all zeros, say
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
         example = inputs(model)
-        _settle(model, example)
+        shake(model, example)
     return model, example
 
 
-def _settle(model: nn.Module, inputs: Inputs) -> None:
-    """Batch norms take the statistics of these inputs, shaken: statistics at random would drown the signal."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
+def shake(model: nn.Module, inputs: Inputs) -> None:
+    """Noise on what is constant; batch norms take the statistics of these inputs, shaken: others drown the signal."""
+    for parameter in model.parameters():
+        some = parameter.flatten()[:1]
+        if parameter.ndim == 1 or (len(some) and bool((parameter == some).all())):  # or all zeros, say
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.train().momentum = 1.0
@@ -116,7 +117,7 @@ def _only(model: nn.Module, offered: Inputs) -> Inputs:
     return {name: value for name, value in offered.items() if name in taken}
 
 
-def _random(*shape: int, seed: int = 1) -> Tensor:
+def random(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -152,7 +153,7 @@ def _sound(name: str, model_class: str, *shape: int, kind: str = "audio", **sett
     """Hears a wave of 400 samples, or something of that shape; writes tokens if it has a decoder."""
 
     def inputs(model: nn.Module) -> Inputs:
-        sound = _random(BATCH, *(shape or (400,)))
+        sound = random(BATCH, *(shape or (400,)))
         words = _tokens(TARGETS, seed=2)
         return _only(model, {"input_values": sound, "input_features": sound, "decoder_input_ids": words})
 
@@ -166,8 +167,8 @@ def _image(name: str, model_class: str, side: int = 16, *, frames: int = 0, **se
     """Sees a square image, or a video of that many frames; one that masks at random is told its noise."""
 
     def inputs(model: nn.Module) -> Inputs:
-        pixels = _random(BATCH, frames, 3, side, side) if frames else _random(BATCH, 3, side, side)
-        return _only(model, {"pixel_values": pixels, "noise": _random(BATCH, (side // 4) ** 2)})  # patches of 4
+        pixels = random(BATCH, frames, 3, side, side) if frames else random(BATCH, 3, side, side)
+        return _only(model, {"pixel_values": pixels, "noise": random(BATCH, (side // 4) ** 2)})  # patches of 4
 
     return Architecture(name, "vision", partial(_make, model_class, {"image_size": side} | settings, inputs))
 
@@ -176,7 +177,7 @@ def _pair(name: str, model_class: str, side: int = 16, **settings: Any) -> Archi
     """Reads text and sees an image in one call; the text starts with the image's places if it has any."""
 
     def inputs(model: nn.Module) -> Inputs:
-        example = _text_inputs(model) | {"pixel_values": _random(BATCH, 3, side, side)}
+        example = _text_inputs(model) | {"pixel_values": random(BATCH, 3, side, side)}
         if getattr(model.config, "image_token_id", None) == IMAGE_TOKEN:
             example["input_ids"][:, : (side // SIZES["patch_size"]) ** 2] = IMAGE_TOKEN
         return example

@@ -28,7 +28,7 @@ from typing import Any
 HERE = Path(__file__).parent
 FOLDER = HERE / "results"
 SOURCES = ("passes", "runtime", "frontends")  # what a result depends on, besides the script
-VERSIONS = ("dwindle", "torch", "transformers", "onnxruntime")
+VERSIONS = ("dwindle", "torch", "transformers", "onnxruntime", "torchvision", "timm", "torch-pruning")
 KEY = ("commit", "configuration", "machine")
 
 Point = dict[str, Any]

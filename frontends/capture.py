@@ -300,12 +300,16 @@ def _inline(node: fx.Node, graph: fx.Graph, values: dict[fx.Node, Any], store: S
         else:
             inner[n] = _copy(n, body, graph, inner, store)
     if node.target is torch.ops.higher_order.wrap_with_set_grad_enabled and node.args[0] is False:
-        result = pytree.tree_map_only(fx.Node, lambda n: _detach(graph, n), result)
+        result = pytree.tree_map_only(fx.Node, lambda n: _detach(graph, n) if _is_tensor(n) else n, result)
     return _Tuple(result)
 
 
 class _Tuple(tuple[Any, ...]):
     """Results of an inlined region: getitem on it is resolved while copying."""
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
 
 
 def _detach(graph: fx.Graph, node: fx.Node) -> fx.Node:

@@ -125,7 +125,25 @@ CONV_PADDING = Rule(
     ),
 )
 
-EXACT = (DROPOUT_OFF, DROPOUT_ZERO, NO_OP, CONV_PADDING)
+
+def _alone(program: Program, found: Match) -> str | None:
+    softmax = found["x"]
+    fresh = isinstance(softmax, fx.Node) and softmax.target is aten.softmax.int
+    return None if fresh and len(softmax.users) == 1 else "not a softmax that is read nowhere else"
+
+
+# A softmax's gradient needs its result as it was: one that is masked in place has none. DeBERTa's own softmax does so,
+# and brings a gradient of its own, which a graph does not keep.
+SOFTMAX_MASKED = Rule(
+    name="canonicalize.softmax_masked",
+    pattern=Call(aten.masked_fill_.Scalar, Var("x"), Var("mask"), Literal("value")),
+    check=_alone,
+    replace=lambda program, found: program.emit(
+        aten.masked_fill.Scalar, *(found[n] for n in ("x", "mask", "value")), like=found.root
+    ),
+)
+
+EXACT = (DROPOUT_OFF, DROPOUT_ZERO, NO_OP, CONV_PADDING, SOFTMAX_MASKED)
 
 
 def _addmm_is_plain(program: Program, found: Match) -> str | None:

@@ -111,6 +111,26 @@ def test_frozen_neighbours_are_one_block() -> None:
     assert all(is_frozen(axis) for axis in made)
 
 
+def test_a_frozen_sum_is_one_block_too() -> None:
+    space = Space()
+    both = space.sum([space.axis(5, "an input"), space.axis(7, "an input")])
+    assert [sizes(axis) for axis in space.regroup([both], [3, 4])] == [[3], [4]]
+    assert why_frozen(both) == "an input"
+
+
+def test_what_is_used_one_by_one_is_a_block_too() -> None:
+    space = Space()
+    six = space.axis(6)
+    for at in range(1, 6):
+        space.cut(six, at)
+    two, three = space.regroup([six], [2, 3])
+    other = space.axis(2)
+    space.tie((*two, *space.axis(4)), (*other, *space.axis(4)))
+    assert is_frozen(two)
+    assert is_frozen(three)
+    assert why_frozen(other)
+
+
 def test_frozen_is_passed_on_by_a_tie() -> None:
     space = Space()
     a, b = space.axis(6, "it is an output"), space.axis(6)

@@ -122,6 +122,28 @@ class Einsum(nn.Module):
         return torch.einsum("bhd,hdo->bo", self.first(x).view(-1, 3, 4), self.weight)
 
 
+class Tiled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).tile(2))
+
+
+class Attention(nn.Module):
+    """Attention whose result is seen through a view, as its memory lies where queries are as wide as values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.last = (nn.Linear(n, 8) for n in (6, 6, 6, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).view(*x.shape[:2], 2, 4).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.last(y.transpose(1, 2).view(*x.shape[:2], 8))
+
+
 IMAGE, ROWS = (2, 3, 8, 8), (4, 6)
 
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -133,6 +155,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "squeeze and excite": (SqueezeExcite, IMAGE),
     "statistics": (Statistics, ROWS),
     "einsum": (Einsum, ROWS),
+    "tiled": (Tiled, ROWS),
 }
 
 
@@ -142,6 +165,14 @@ def test_architectures_that_are_hard(name: str) -> None:
     torch.manual_seed(0)
     walk, batch = walked(make().eval(), torch.randn(shape))
     cut = random_cut(groups_of(walk), 0.3)
+    assert cut
+    assert proven(walk, cut, [batch]) < 1e-12
+
+
+def test_a_view_holds_where_memory_lies_otherwise() -> None:
+    torch.manual_seed(0)
+    walk, batch = walked(Attention().eval(), torch.randn(3, 5, 6))
+    cut = random_cut(groups_of(walk, lambda group: not group.outermost and group.name.startswith("q.")), 0.3)
     assert cut
     assert proven(walk, cut, [batch]) < 1e-12
 

@@ -75,6 +75,19 @@ def _conv1d(m: Any, x: Tensor) -> Tensor:
     return torch.addmm(m.b, x.view(-1, 8), m.w).view(2, 5, 3)
 
 
+def _softmax_read_twice(m: Any, x: Tensor) -> Tensor:
+    y = x.softmax(-1)
+    half = y[..., :4]
+    y.masked_fill_(x < 0, 0.0)
+    return half
+
+
+def _counted(m: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        rows, scale = 2 * x.shape[0], x.abs().amax()
+    return (x * scale).reshape(rows, 4)
+
+
 CASES = (
     Case(
         "dropout_off",
@@ -106,6 +119,12 @@ CASES = (
             IMAGE,
         ),
         lambda: (nn.Conv2d(4, 6, (3, 4), padding="same"), IMAGE),
+    ),
+    Case(
+        "softmax_masked",
+        1,
+        lambda: (_Model(lambda m, x: x.softmax(-1).masked_fill_(x < 0, 0.0).sin()), X),
+        lambda: (_Model(_softmax_read_twice), X),
     ),
     Case(
         "conv1d_to_linear",
@@ -165,6 +184,25 @@ def test_rule_counts_compares_refuses_repeats(case: Case) -> None:
     before = str(other.graph)
     assert _apply(other, rule) == 0
     assert str(other.graph) == before
+
+
+def test_a_masked_softmax_has_a_gradient() -> None:
+    model = _Model(lambda m, x: (x @ m.w).softmax(-1).masked_fill_(x < 0, 0.0), w=_weight(8, 8))
+    program = _captured(model, X)
+    with pytest.raises(RuntimeError, match="inplace"):
+        program.run([X])[0].sum().backward()
+    canonicalize(program)
+    program.run([X])[0].square().sum().backward()
+    weight = program.store.get("w")
+    assert isinstance(weight, nn.Parameter)
+    assert weight.grad is not None
+
+
+def test_a_size_from_a_region_without_gradient_stays_a_number() -> None:
+    model = _Model(_counted)
+    program = capture(model, {"x": torch.randn(3, 8)}, Store.of(model), dynamic_shapes={"x": {0: "batch"}})
+    for x in (torch.randn(3, 8), torch.randn(5, 8)):
+        assert torch.equal(program.run([x])[0], model(x))
 
 
 def test_values_stay_recorded() -> None:

@@ -21,6 +21,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+ONE_BY_ONE = "its indices are used one by one"
+
 
 @dataclass(eq=False)
 class Atom:
@@ -100,7 +102,7 @@ class Space:
         if size(x) != size(y):
             raise Mismatch(f"{self.op}: an axis of {size(x)} meets one of {size(y)}")
         if is_frozen(x) or is_frozen(y):
-            reason = why_frozen(x) or why_frozen(y)
+            reason = why_frozen(x) or why_frozen(y) or ONE_BY_ONE
             self._note(x, y)
             for axis in (x, y):
                 self.freeze(axis, reason)
@@ -126,11 +128,11 @@ class Space:
             self._unite_sums(x, y)
         elif x.parts is None:
             x.becomes = (y,)
-            if x.reason:
+            if x.reason is not None:
                 self.freeze((y,), x.reason)
         else:
             y.becomes = (x,)
-            if y.reason:
+            if y.reason is not None:
                 self.freeze((x,), y.reason)
 
     def _unite_sums(self, x: Atom, y: Atom) -> None:
@@ -258,7 +260,7 @@ class Space:
         made: list[Atom] = []
         for atom in atoms:
             if made and is_frozen((made[-1],)) and is_frozen((atom,)):
-                made[-1] = self.atom(made[-1].size * atom.size, why_frozen((atom,)))
+                made[-1] = self.atom(made[-1].size * atom.size, why_frozen((atom,)) or ONE_BY_ONE)
             else:
                 made.append(atom)
         return tuple(made)
@@ -282,6 +284,9 @@ class Space:
             common = math.gcd(wanted, first.size)
             if common == 1:
                 raise Mismatch(f"{self.op}: {wanted} is not made of whole factors of {[a.size for a in atoms]}")
+            if first.parts is not None and is_frozen((first,)):  # a block, whatever it is the sum of
+                first = self.atom(first.size, why_frozen((first,)) or ONE_BY_ONE)
+                atoms = (first, *atoms[1:])
             if first.parts is None:
                 self.split(first, common)
             else:

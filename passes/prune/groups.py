@@ -17,7 +17,7 @@ import networkx as nx
 from torch import Tensor
 
 from ...runtime.report import block_of
-from .axes import Atom, Axis, leaves, norm, size
+from .axes import ONE_BY_ONE, Atom, Axis, leaves, norm, size
 from .experts import floors
 from .walk import Walk
 
@@ -95,7 +95,7 @@ def find_groups(walk: Walk, least: int = 2) -> list[Group]:
 
 def _reason(leaf: Atom, least: int, floor: int) -> str:
     if leaf.reason is not None:
-        return leaf.reason or "its indices are used one by one"
+        return leaf.reason or ONE_BY_ONE
     if 1 < leaf.size <= floor:
         return f"{floor} are chosen at once, and there are {leaf.size}"
     return f"only {leaf.size} of it" if leaf.size < least else ""

@@ -1,7 +1,8 @@
 """The graph and its tensors without what is cut.
 
 Stored tensors lose rows; numbers in calls that count indices, or are places among them, are written anew by axis and
-not by value. A number that depends on the input stays so: n becomes n * kept // full.
+not by value. A number that depends on the input stays so: n becomes n * kept // full. A view becomes a reshape, since
+memory may lie otherwise: attention, say, takes another kernel where queries and values differ in width.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ def sliced(program: Program, walk: Walk, of: Kept) -> Program:
     for node, numbers in by_node.items():
         if any(is_cut(number.axis, of) for number in numbers):
             _rewrite(program, walk, node, numbers, of)
+    for node in program.calls(aten.view.default):
+        node.target = aten.reshape.default
     program.tidy()
     return program
 
