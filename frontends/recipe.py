@@ -19,6 +19,7 @@ from ..passes.prune.decide import PruneRule
 from ..passes.prune.sparsify import SparseRule
 from ..passes.quantize.decide import QuantizeRule
 from ..runtime.errors import MissingDependencyError, RecipeError, SchemeError
+from .cuts import PruneEntry
 from .deepspeed.config import DeepSpeedConfig
 from .deepspeed.translate import translate
 from .settings import (
@@ -27,7 +28,6 @@ from .settings import (
     AdaptiveSettings,
     Calibration,
     DistillSettings,
-    PruneEntry,
     QuantizeEntry,
     ScheduleSettings,
     SensitivitySettings,
@@ -167,8 +167,8 @@ def _validated(data: Any) -> Recipe:
 def _fields_at(path: tuple[int | str, ...]) -> list[str]:
     """The keys allowed at a place in a recipe."""
     inside: dict[str, type[BaseModel]] = {
-        "quantize": QuantizeEntry,
         "prune": PruneEntry,
+        "quantize": QuantizeEntry,
         "sparsify": SparsifyEntry,
         "weight": WeightSettings,
         "activation": ActivationSettings,

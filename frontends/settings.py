@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ..passes import schedule as schedules
-from ..passes.prune.decide import PruneRule, Target
-from ..passes.prune.groups import KINDS
-from ..passes.prune.groups import Kind as Groups
-from ..passes.prune.score import Method as Importance
 from ..passes.quantize.adaptive import Budget
 from ..passes.quantize.decide import QuantizeRule
 from ..passes.quantize.observers import Method, Observer
 from ..passes.schedule import SHAPES, Schedule, Shape
 from ..runtime.errors import SchemeError
 from ..runtime.scheme import SIZED, Granularity, Kind, Rounding, Scheme
-from .ramps import RampSettings
-from .strict import Strict, fields
+from .strict import Strict, fields, globs
 
 Operators = Literal["linear", "embedding", "conv1d", "conv2d"]
 
@@ -235,7 +230,7 @@ class QuantizeEntry(Strict):
         if weight is not None:
             schedule.check(weight.bits)
         return QuantizeRule(
-            modules=self.modules if self.modules is not None else () if self.patterns else ("*",),
+            modules=globs(self.modules, self.patterns),
             patterns=self.patterns,
             operators=self.operators,
             weight=weight,
@@ -248,63 +243,6 @@ class QuantizeEntry(Strict):
             learned_input=self.activation is not None and self.activation.range == "learned",
             activation_schedule=schedules.Constant(offset=self.activation.offset if self.activation else 0),
             section=self.section,
-        )
-
-
-Share = Annotated[float, Field(ge=0, lt=1)]
-Ratio = Annotated[
-    Annotated[Share, Tag("each")] | Annotated[tuple[Share, Share], Tag("first, last")],
-    Discriminator(lambda value: "first, last" if isinstance(value, list | tuple) else "each"),
-]
-
-
-class PruneEntry(Strict):
-    """One pruning rule. Later rules override earlier ones; a group that no rule selects stays.
-
-    ratio: of each group's indices, what goes; a pair is that of the first layer and of the last, and those between
-        lie on a line; or target: what may be left of the model, {"params": 0.5}
-    scopes: kinds of groups; modules: globs over the paths of modules that a group cuts, all where absent
-    inner: also what lies inside another prunable dimension: the size of a head
-    multiple: of it widths are kept; least: a group with fewer indices stays
-    schedule: in training, when; compress() prunes at once
-    """
-
-    ratio: Ratio | None = None
-    target: dict[Target, Annotated[float, Field(gt=0, le=1)]] | None = Field(default=None, min_length=1, max_length=1)
-    scopes: tuple[Groups, ...] = Field(default=KINDS, min_length=1)
-    modules: Annotated[tuple[str, ...], Field(min_length=1)] = ("*",)
-    score: Importance = "l2"
-    inner: bool = False
-    multiple: int = Field(default=1, ge=1)
-    least: int = Field(default=2, ge=2)
-    schedule: RampSettings = RampSettings()
-
-    @field_validator("modules", "scopes", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _one_measure(self) -> Self:
-        if (self.ratio is None) == (self.target is None):
-            raise ValueError("a pruning rule has a ratio or a target, and not both")
-        if self.score == "routed" and self.scopes != ("experts",):
-            raise ValueError("routed mass is a score of experts alone: give it with scopes: experts")
-        return self
-
-    def rule(self, seed: int) -> PruneRule:
-        """As the pass takes it."""
-        return PruneRule(
-            ratio=self.ratio or 0.0,
-            target=None if self.target is None else next(iter(self.target.items())),
-            kinds=self.scopes,
-            modules=self.modules,
-            score=self.score,
-            inner=self.inner,
-            multiple=self.multiple,
-            least=self.least,
-            seed=seed,
-            ramp=self.schedule.ramp(),
         )
 
 

@@ -16,3 +16,8 @@ class Strict(BaseModel):
 def fields(settings: Strict) -> dict[str, Any]:
     """By name, without the type that says which settings they are."""
     return settings.model_dump(exclude={"type"})
+
+
+def globs(modules: tuple[str, ...] | None, patterns: tuple[str, ...]) -> tuple[str, ...]:
+    """Of a rule that may have patterns instead."""
+    return modules if modules is not None else () if patterns else ("*",)

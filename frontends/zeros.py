@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from ..passes.prune.sparse import Pattern, SparseScore
 from ..passes.prune.sparsify import SparseRule
 from .ramps import RampSettings
-from .strict import Strict
+from .strict import Strict, globs
 
 
 class SparsifyEntry(Strict):
@@ -60,7 +60,7 @@ class SparsifyEntry(Strict):
             pattern=pattern,
             score=self.score,
             budget=self.budget,
-            modules=self.modules if self.modules is not None else () if self.patterns else ("*",),
+            modules=globs(self.modules, self.patterns),
             patterns=self.patterns,
             exclude=self.exclude,
             operators=self.operators,

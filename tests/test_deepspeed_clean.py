@@ -128,7 +128,7 @@ def test_what_cannot_be_done_is_refused() -> None:
     with pytest.raises(CaptureError, match="already"):
         init_compression(dwindle.prepare(model, inputs=inputs), FALLS)
     rows = technique({"rp1": group(("intermediate",), dense_ratio=0.5)}, method="topk", schedule_offset=0)
-    with pytest.raises(RecipeError, match=r"(?s)not there yet.*row_pruning"):
+    with pytest.raises(RecipeError, match=r"(?s)not pruned in place.*row_pruning"):
         init_compression(model, engine(row_pruning=rows))
     with pytest.raises(RecipeError, match="there is no teacher"):
         init_compression(model, engine(layer_reduction=layers((0, 1))))

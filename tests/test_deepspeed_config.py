@@ -283,7 +283,7 @@ BAD: list[tuple[JSON, str, str]] = [  # sections, the key that is named, what is
     ),
     ({"row_pruning": technique({"rp1": group(("a",), [["c["]], dense_ratio=1)})}, "rp1", "regular expressions"),
     ({"head_pruning": technique(ONE)}, "head_pruning.shared_parameters.num_heads", "is missing"),
-    ({"head_pruning": technique(ONE, num_heads=12, method="l1")}, "head_pruning", "NotImplementedError"),
+    ({"head_pruning": technique(ONE, num_heads=12, method="l2")}, "head_pruning", "'l1' or 'topk'"),
     ({"sparse_pruning": technique(method="snip_momentum", schedule_offset_end=9)}, "schedule_offset_end", "1000"),
     ({"sparse_pruning": technique(ONE, method="snip_momentum")}, "sparse_pruning", "NotImplementedError"),
     ({"sparse_pruning": technique(method="snip_momentum", block_pattern="4 by 1")}, "block_pattern", "match"),

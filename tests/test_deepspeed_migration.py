@@ -238,15 +238,22 @@ def test_eigenvalues_work_here() -> None:
         ("channel_pruning", "l1", False, "crashed"),
         ("channel_pruning", "topk", True, ""),
         ("row_pruning", "l1", True, "code l1 too"),
+        ("row_pruning", "topk", True, "start at random"),
+        ("head_pruning", "l1", True, "NotImplementedError"),
+        ("head_pruning", "topk", False, "start at random"),
     ],
 )
-def test_pruning_is_not_yet(name: str, method: str, given: bool, said: str) -> None:
+def test_pruning(name: str, method: str, given: bool, said: str) -> None:
     groups = {"a": group(dense_ratio=0.5)}
-    migration = report({name: technique(groups, **({"method": method} if given else {}))})
+    more: JSON = ({"method": method} if given else {}) | ({"num_heads": 12} if name == "head_pruning" else {})
+    migration = report({name: technique(groups, **more)})
     finding = shared(migration, "method", name)
-    assert (finding.verdict, finding.value, finding.given) == (NOT_YET, method, given)
+    assert (finding.verdict, finding.value, finding.given) == (DIFFERS, method, given)
     assert said in finding.note
-    assert param(migration, "params.dense_ratio", "a", name).verdict == NOT_YET
+    assert finding.to == f"score {'l1' if method == 'l1' else 'movement'}"
+    assert ("weights at init_compression" in finding.note) is (method == "l1")
+    assert param(migration, "params.dense_ratio", "a", name).verdict == MAPS
+    assert not [found for found in migration.findings if found.verdict in (NOT_YET, "rejected")]
     offset = shared(migration, "schedule_offset", name)
     assert (offset.value, offset.given) == (1000, False)
 
@@ -256,12 +263,39 @@ def test_snip_momentum_and_second_pairs() -> None:
     assert "imported" in shared(snip, "method", "sparse_pruning").note
     assert "schedule_offset_end" not in shared(snip, "method", "sparse_pruning").note
     assert "prunes N of every M" in shared(snip, "block_pattern", "sparse_pruning").note
+    assert snip.of("sparse_pruning.different_groups").note == "all linears and convolutions but excluded_modules"
+    assert report({WQ: technique()}).of(f"{WQ}.different_groups").note == "no groups: nothing is chosen"
+    channels = report({"sparse_pruning": technique(method="snip_momentum", block_pattern="channelx1")})
+    assert shared(channels, "block_pattern", "sparse_pruning").verdict == NOT_YET
     idle = report({"sparse_pruning": technique({"a": group(dense_ratio=1)}, block_pattern="2:4")})
     assert shared(idle, "block_pattern", "sparse_pruning").verdict == NO_EFFECT
     for pairs, said in ((2, True), (1, False)):
         rows = {"a": group(tuple("ab"[:pairs]), [["c"]] * pairs, dense_ratio=0.5)}
         note = param(report({"row_pruning": technique(rows)}), "related_modules", "a", "row_pruning").note
         assert ("first pair's mask" in note) is said
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("row_pruning", "taken out"),
+        ("head_pruning", "head counts"),
+        ("channel_pruning", "masked before the batch norm"),
+    ],
+)
+def test_structures_are_taken_out(name: str, said: str) -> None:
+    one = group(("a",), [["b"]], dense_ratio=0.5)
+    heads: JSON = {"num_heads": 12} if name == "head_pruning" else {}
+    migration = report({name: technique({"a": one}, **heads)})
+    enabled = shared(migration, "enabled", name)
+    assert enabled.verdict == DIFFERS
+    assert said in enabled.note
+    assert "without related_modules DeepSpeed only set it to zero" in enabled.note
+    related = param(migration, "related_modules", "a", name)
+    assert (related.verdict, related.to) == (DIFFERS, "an expectation")
+    assert "is an error, where DeepSpeed set numbers to zero" in param(migration, "modules", "a", name).note
+    if heads:
+        assert shared(migration, "num_heads", name).to == "an expectation: 12 heads"
 
 
 def test_layer_reduction() -> None:

@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from deepspeed_configs import JSON, bits, engine, falling, layers, weights
+from deepspeed_configs import JSON, bits, engine, falling, group, layers, technique, weights
 from torch import Tensor, nn
 
+import dwindle
 import dwindle.deepspeed as ours
+from dwindle.passes.prune.groups import kept_count
 from dwindle.passes.quantize.twins import Twin
 from dwindle.passes.schedule import MoQ
 from dwindle.runtime import numerics
@@ -207,6 +209,66 @@ def test_conv1d_is_converted_alike() -> None:
     with torch.no_grad():
         assert [type(m) for m in model] == [nn.Linear, nn.ReLU, nn.Linear]
         assert torch.equal(model(x), peer(x))
+
+
+class _Attention(nn.Module):
+    """Twelve heads of 2 on (N, L, 24), then a feed-forward of 40."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(24, 24) for _ in range(4))
+        self.up, self.down = nn.Linear(24, 40), nn.Linear(40, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (m(x).unflatten(-1, (12, -1)).transpose(1, 2) for m in (self.query, self.key, self.value))
+        x = self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+        return self.down(self.up(x).relu())
+
+
+def _structures(ratio: float) -> JSON:
+    head = group(("out",), [["query", "key", "value"]], dense_ratio=ratio)
+    row = group(("up",), [["down"]], dense_ratio=ratio)
+    return engine(
+        head_pruning=technique({"a": head}, method="topk", num_heads=12, schedule_offset=0),
+        row_pruning=technique({"a": row}, method="l1", schedule_offset=0),
+    )
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.34, 0.5, 0.6, 0.75, 1.0])
+def test_the_same_shapes_are_left(ratio: float) -> None:
+    config, model, x = _structures(ratio), _Attention(), torch.randn(2, 5, 24)
+    peer = copy.deepcopy(model)
+    theirs.init_compression(peer, copy.deepcopy(config))
+    theirs.redundancy_clean(peer, copy.deepcopy(config))
+    small = dwindle.prepare(model.eval(), config, inputs=x).finish()
+    expected = {name: tuple(p.shape) for name, p in peer.named_parameters() if "score" not in name}
+    assert {name: tuple(value.shape) for name, value in small.store.entries() if isinstance(value, Tensor)} == expected
+    assert small(x).shape == (2, 5, 3)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "n", "fewer"), [(0.6, 12, 0), (0.3, 10, 0), (0.9, 3072, 0), (0.07, 100, 1), (0.55, 100, 1)]
+)
+def test_as_many_are_kept(ratio: float, n: int, fewer: int) -> None:
+    """One less where their product of floats lies just above a whole number, 7.000000000000001 or 55.00000000000001."""
+    kept = int(quantizers.TopKBinarizer.apply(torch.randn(n, 1), ratio, False).sum())
+    assert kept_count(n, round(1 - ratio, 15)) == kept - fewer
+
+
+def test_scores_that_fail_there_work_here() -> None:
+    config = _structures(0.5)
+    config["compression_training"]["head_pruning"]["shared_parameters"]["method"] = "l1"
+    with pytest.raises(NotImplementedError):
+        theirs.init_compression(_Attention(), copy.deepcopy(config))
+    small = dwindle.compress(_Attention(), config, inputs=torch.randn(2, 5, 24))
+    assert small.store.get("query.weight").shape == (12, 24)
+    convolutions = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    channel = group(("0",), [["2"]], dense_ratio=0.5)
+    config = engine(channel_pruning=technique({"a": channel}, method="l1", schedule_offset=0))
+    with pytest.raises(RuntimeError, match="length 1 or 2"):
+        theirs.init_compression(copy.deepcopy(convolutions), copy.deepcopy(config))
+    small = dwindle.compress(convolutions, config, inputs=torch.randn(2, 3, 8, 8))
+    assert small.store.get("2.weight").shape == (4, 4, 3, 3)
 
 
 def test_signatures_are_theirs() -> None:

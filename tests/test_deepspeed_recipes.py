@@ -82,7 +82,7 @@ def test_activations_alone_bring_weights_of_eight_bits() -> None:
     assert len(student.plan) == 2
 
 
-def test_pruning_and_layer_reduction_are_refused_by_name() -> None:
+def test_layer_reduction_is_refused_by_name() -> None:
     config = engine(weight_quantization=_in_forward(8), layer_reduction=layers((1, 3)))
     with pytest.raises(RecipeError, match=r"(?s)not there yet.*layer_reduction"):
         Recipe.of(config)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deepspeed_configs import JSON, SHAPES, activations, engine, falling, layers, mixed, moq, static
+from deepspeed_configs import JSON, SHAPES, activations, engine, falling, group, layers, mixed, moq, static, technique
 from models import ZOO
 from typer.testing import CliRunner
 
@@ -42,11 +42,14 @@ def test_the_report_is_printed(tmp_path: Path) -> None:
     assert without != json.loads(plain.stdout)  # which drops are reached is told
 
 
+ROWS = technique({"rp1": group(("intermediate",), [["output.dense"]], dense_ratio=0.3)}, method="topk")
+HEADS = technique({"rp1": group(("output.dense",), dense_ratio=0.9)}, num_heads=4, schedule_offset=3)
 RECIPES: dict[str, JSON] = {
     "moq": CONFIG,
     "mixed": engine(weight_quantization=falling(8, 1, 3, **mixed(0.1, enabled=True))),
     "static": engine(activation_quantization=static("asymmetric", schedule_offset=4)),
     "legacy": moq({"target_bits": 4}, eigenvalue={"enabled": True, "layer_num": 2, "layer_name": "encoder.layer"}),
+    "structures": engine(row_pruning=ROWS, head_pruning=HEADS, weight_quantization=falling(8, 4)),
     "nothing": engine(),
 }
 

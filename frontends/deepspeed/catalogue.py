@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from .facts import (
+    CRASH,
     DIFFERS,
     MAPS,
     NO_EFFECT,
     NOT_YET,
+    OFFSET,
     Fact,
     by_kernel,
     drops_bits,
     falls,
-    has_pairs,
     in_forward,
     is_asymmetric,
-    is_snip,
     is_star,
     is_symmetric,
     legacy_drops,
     legacy_offset,
     moq_drops,
+    of_snip,
 )
+from .structures import PRUNING
 
 _SCALE = (
     "DeepSpeed: scale max|x| / 2^(B-1), which clips +max by one step and is not idempotent; here "
@@ -30,11 +32,9 @@ _ZERO_POINT = (
     "DeepSpeed: scale (max - min) / 2^B and a zero point on its grid, which clips the maximum; here (max - min) / "
     "(2^B - 1) with an integer zero point and 0 in range. A constant group gave NaN"
 )
-_OFFSET = "not given: 1000 by DeepSpeed's code, though its documentation says 0"
 _SILENT = "DeepSpeed reads it only where weights are overwritten after each step, not in the forward"
 _ROWS = "scales per tensor, not a group size; in the forward an embedding has one scale per row whatever this says"
 _MOQ = "without fp16 DeepSpeed refuses this mode; here it works in any precision"
-_CRASH = "DeepSpeed crashed"
 _LEGACY = "DeepSpeed 0.19.6 ignores quantize_training"
 _ABSENT_MODULES = "stands for everything, as documented; in DeepSpeed it raised re.error"
 
@@ -66,7 +66,7 @@ WEIGHTS: tuple[Fact, ...] = (
     Fact(
         f"{_WQ}.schedule_offset",
         DIFFERS,
-        f"{_CRASH} on convolutions before the offset (an attribute is set only when it is reached)",
+        f"{CRASH} on convolutions before the offset (an attribute is set only when it is reached)",
         "start at step {value}",
         when=lambda s: in_forward(s) and s.value > 0,
     ),
@@ -113,7 +113,7 @@ WEIGHTS: tuple[Fact, ...] = (
     Fact(
         f"{_WQ}.fp16_mixed_quantize.enabled",
         DIFFERS,
-        f"{_CRASH} on it together with quantizer_kernel",
+        f"{CRASH} on it together with quantizer_kernel",
         "mixing with the unquantised weight",
         when=by_kernel,
     ),
@@ -189,68 +189,11 @@ ACTIVATIONS: tuple[Fact, ...] = (
     ),
     Fact(f"{_AQ}.group.bits", MAPS, to="bits {value}"),
     Fact(f"{_AQ}.group.related_modules", NO_EFFECT, "only pruning has related modules"),
-    Fact(f"{_AQ}.schedule_offset", MAPS, _OFFSET, "start at step {value}", absent="only"),
+    Fact(f"{_AQ}.schedule_offset", MAPS, OFFSET, "start at step {value}", absent="only"),
     Fact(f"{_AQ}.schedule_offset", MAPS, to="start at step {value}"),
 )
 
-_SNIP_ONLY = ("schedule_offset_end", "schedule_offset_stride", "block_pattern", "dense_ratio", "excluded_modules")
-
-
-PRUNING: tuple[Fact, ...] = (
-    Fact(
-        "sparse_pruning.method",
-        NOT_YET,
-        f"{_CRASH} at its schedule_offset (KeyError 'schedule_offset_end') with this method",
-        when=lambda s: s.value != "snip_momentum",
-        absent="told",
-    ),
-    Fact(
-        "sparse_pruning.method",
-        NOT_YET,
-        "snip_momentum could not be imported: neural_compressor dropped its pruner",
-        when=is_snip,
-    ),
-    *(
-        Fact(f"sparse_pruning.{key}", NO_EFFECT, "read for snip_momentum alone", when=lambda s: not is_snip(s))
-        for key in _SNIP_ONLY
-    ),
-    Fact(
-        "sparse_pruning.block_pattern",
-        NOT_YET,
-        "N:M prunes N of every M; it does not keep them",
-        when=lambda s: ":" in s.value,
-    ),
-    Fact(
-        "row_pruning.method", NOT_YET, "the tutorial allows topk alone, the code l1 too", when=lambda s: s.value == "l1"
-    ),
-    Fact(
-        "channel_pruning.method",
-        NOT_YET,
-        "l1 crashed in DeepSpeed on any recent torch (a norm over three dimensions)",
-        when=lambda s: s.value == "l1",
-        absent="told",
-    ),
-    Fact(
-        "channel_pruning.enabled", NOT_YET, "masked before the batch norm: DeepSpeed's cleaned model computed otherwise"
-    ),
-    Fact(
-        "head_pruning.num_heads",
-        NOT_YET,
-        "one number for all layers; DeepSpeed left the model's own head count as it was",
-    ),
-    Fact(
-        "*_pruning.group.related_modules",
-        NOT_YET,
-        "DeepSpeed pruned the second pair of a group with the first pair's mask",
-        when=has_pairs,
-    ),
-    Fact("*_pruning.group.related_modules", NOT_YET, "paired by order in DeepSpeed; dwindle follows the graph"),
-    Fact("*_pruning.group.dense_ratio", NOT_YET, "per layer: ceil(ratio * n) are kept"),
-    Fact("*_pruning.schedule_offset", NOT_YET, _OFFSET, absent="only"),
-    Fact("*_pruning.group.modules", NOT_YET, _ABSENT_MODULES, "everything", is_star),
-    Fact("*_pruning.group.modules", NOT_YET, f"not given: {_ABSENT_MODULES}", "everything", absent="only"),
-    Fact("*_pruning.*", NOT_YET, when=lambda s: ".group." not in s.key),
-    Fact("*_pruning.group.modules", NOT_YET),
+LAYERS: tuple[Fact, ...] = (
     Fact(
         "layer_reduction.keep_number_layer",
         NO_EFFECT,
@@ -260,22 +203,22 @@ PRUNING: tuple[Fact, ...] = (
 )
 
 MODULES: tuple[Fact, ...] = (
-    Fact("*_quantization.group.modules", DIFFERS, _ABSENT_MODULES, "everything", is_star),
-    Fact("*_quantization.group.modules", DIFFERS, f"not given: {_ABSENT_MODULES}", "everything", absent="only"),
+    Fact("*.group.modules", DIFFERS, _ABSENT_MODULES, "everything", is_star),
+    Fact("*.group.modules", DIFFERS, f"not given: {_ABSENT_MODULES}", "everything", absent="only"),
     Fact(
-        "*_quantization.group.modules",
+        "*.group.modules",
         DIFFERS,
         "one regular expression; DeepSpeed took a string letter by letter",
         "modules",
         when=lambda s: isinstance(s.value, str) and not is_star(s),
     ),
     Fact(
-        "*_quantization.group.modules",
+        "*.group.modules",
         MAPS,
         "searched for anywhere in the names; DeepSpeed skipped transformers' Conv1D without a word",
         "modules",
     ),
-    Fact("*.different_groups", MAPS, "no groups: nothing is chosen"),
+    Fact("*.different_groups", MAPS, "no groups: nothing is chosen", when=lambda s: not of_snip(s)),
 )
 
 LEGACY: tuple[Fact, ...] = (
@@ -319,4 +262,4 @@ LEGACY: tuple[Fact, ...] = (
     Fact(f"{_QT}.eigenvalue.*", MAPS, to="power iteration"),
 )
 
-FACTS: tuple[Fact, ...] = (*WEIGHTS, *ACTIVATIONS, *MODULES, *PRUNING, *LEGACY)
+FACTS: tuple[Fact, ...] = (*WEIGHTS, *ACTIVATIONS, *MODULES, *PRUNING, *LAYERS, *LEGACY)

@@ -3,7 +3,8 @@
     from dwindle.deepspeed import init_compression, redundancy_clean
 
 A model is edited in place, as there; nothing is captured. Only modules that the configuration chooses are touched,
-and each stays the same object. Pruning is refused by name until it exists.
+and each stays the same object. Pruning is not done in place: which tensors go together is a matter of the graph, so it
+is refused here, and the same file is a recipe of `dwindle.prepare` and `dwindle.compress`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from .config import DeepSpeedConfig, parse
 from .inplace import attach, require_steering, steering_of
 from .integers import make_integer
 from .layers import initialise, linearise
+from .pruning import STRUCTURES
 
 
 def init_compression(
@@ -35,8 +37,7 @@ def init_compression(
     """
     _refuse(mpu)
     config, own = _read(deepspeed_config), _unwrapped(model)
-    reduction, config = config.layer_reduction, replace(config, layer_reduction=None)
-    recipe = Recipe.of_deepspeed(config)
+    reduction, recipe = config.layer_reduction, _in_place(config)
     if reduction is not None:
         if teacher_model is None:
             raise RecipeError(
@@ -58,7 +59,7 @@ def redundancy_clean(model: nn.Module, deepspeed_config: Any, mpu: Any = None) -
     """
     _refuse(mpu)
     own = _unwrapped(model)
-    recipe = Recipe.of_deepspeed(replace(_read(deepspeed_config), layer_reduction=None))
+    recipe = _in_place(_read(deepspeed_config))
     if steering_of(own) is None and not recipe.quantize:
         return model
     steering = require_steering(own)
@@ -114,6 +115,20 @@ def _read(source: Any) -> DeepSpeedConfig:
             found=type(named).__name__,
         )
     return parse(named)
+
+
+def _in_place(config: DeepSpeedConfig) -> Recipe:
+    """What is done to modules as they stand. Raises RecipeError for pruning, which is done to graphs."""
+    pruning = [name for name in (*STRUCTURES, "sparse_pruning") if config.section(name) is not None]
+    if pruning:
+        raise RecipeError(
+            "a model is not pruned in place",
+            required="weight_quantization, activation_quantization, quantize_training or layer_reduction",
+            found=", ".join(pruning),
+            cure="the same file is a recipe: dwindle.prepare(model, 'ds_config.json', inputs=batch), train it, and "
+            "finish(); or without training dwindle.compress(model, 'ds_config.json', inputs=batch)",
+        )
+    return Recipe.of_deepspeed(replace(config, layer_reduction=None))
 
 
 def _refuse(mpu: Any) -> None:

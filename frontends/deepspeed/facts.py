@@ -21,6 +21,10 @@ DIFFERS: Final = "differs"
 NO_EFFECT: Final = "no effect in DeepSpeed"
 NOT_YET: Final = "not yet"
 
+# Notes that several keys share.
+OFFSET = "not given: 1000 by DeepSpeed's code, though its documentation says 0"
+CRASH = "DeepSpeed crashed"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
@@ -159,6 +163,16 @@ def is_asymmetric(site: Site) -> bool:
 def is_snip(site: Site) -> bool:
     """Sparse pruning by snip_momentum."""
     return site.config.sparse_pruning is not None and site.config.sparse_pruning.method == "snip_momentum"
+
+
+def of_snip(site: Site) -> bool:
+    """A key of sparse pruning by snip_momentum."""
+    return site.key.startswith("sparse_pruning.") and is_snip(site)
+
+
+def by_blocks(site: Site) -> bool:
+    """Blocks of whole channels, which sparse pruning does not have here."""
+    return "channel" in site.value
 
 
 def has_pairs(site: Site) -> bool:

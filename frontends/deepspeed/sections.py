@@ -220,17 +220,10 @@ class ChannelPruning(RowPruning):
     """Output channels of convolutions, with the related norms and the inputs of the related convolutions."""
 
 
-def _no_l1(value: Any) -> Any:
-    if value == "l1":
-        why = "'topk': DeepSpeed's parser takes l1 here, and its layer raises NotImplementedError"
-        raise contradiction("", why, "'l1'", "use 'topk'")
-    return value
-
-
 class HeadPruning(_Strict):
     """Heads, named by the attention's output projection; the related ones are query, key and value."""
 
-    method: Annotated[Literal["topk"], BeforeValidator(_no_l1)] = "topk"
+    method: Literal["l1", "topk"] = "topk"
     schedule_offset: Count = 1000
     num_heads: Positive
     groups: tuple[PruningGroup, ...] = ()

@@ -7,7 +7,9 @@
                               since only integers times integers are faster
     quantize_training (2021)  MoQ on every weight, its periods turned into steps
 
-Pruning and layer reduction are read and reported (`migration`), and refused here until they exist. The layers that
+    *_pruning                 entries that take structures out of the graph, or single weights: `pruning`
+
+What is in LATER is read and reported (`migration`), and refused here until it exists. The layers that
 init_compression copies from a teacher are no part of a recipe.
 """
 
@@ -30,12 +32,13 @@ from ..settings import (
     WeightSettings,
 )
 from .config import DeepSpeedConfig, parse
+from .pruning import pruned, sparsified
 from .sections import ActivationQuantization, QuantizeTraining, WeightGroup, WeightQuantization
 
 WEIGHTS: tuple[Operators, ...] = ("linear", "embedding", "conv2d")
 ACTIVATIONS: tuple[Operators, ...] = ("linear", "conv2d")
 MOMENTUM = 0.95  # of DeepSpeed's static ranges
-LATER = ("sparse_pruning", "row_pruning", "head_pruning", "channel_pruning", "layer_reduction")
+LATER = ("layer_reduction",)
 
 
 def translate(source: DeepSpeedConfig | Mapping[str, Any] | str | Path) -> dict[str, Any]:
@@ -47,10 +50,10 @@ def translate(source: DeepSpeedConfig | Mapping[str, Any] | str | Path) -> dict[
     asked = [name for name in LATER if config.section(name) is not None]
     if asked:
         raise RecipeError(
-            "the configuration prunes or drops layers, which is not there yet",
-            required="weight_quantization, activation_quantization or quantize_training",
+            "the configuration asks for what is not there yet",
+            required="quantisation and pruning",
             found=", ".join(asked),
-            cure="set enabled: false in these sections to quantise alone",
+            cure="set enabled: false in these sections to do the rest",
         )
     entries: list[QuantizeEntry] = []
     if config.activation_quantization is not None:
@@ -61,8 +64,11 @@ def translate(source: DeepSpeedConfig | Mapping[str, Any] | str | Path) -> dict[
         entries += _weights(config.weight_quantization)
     if config.activation_quantization is not None:
         entries += _activations(config.activation_quantization)
+    sparse = config.sparse_pruning
     return {
         "name": "deepspeed",
+        "prune": tuple(pruned(config)),
+        **({} if sparse is None else {"sparsify": sparsified(sparse)}),
         "quantize": tuple(entries),
         "calibration": Calibration(momentum=MOMENTUM),
         "sensitivity": _sensitivity(config),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,6 +17,7 @@ from .choose import Cost, Ratio, Scores, at_part, local, to_target
 from .groups import KINDS, Group, Kind, find_groups
 from .keep import Kept
 from .latency import latency
+from .named import LISTING, Names, Side, named, require_expected, require_names, require_one
 from .proof import LIMIT, proven
 from .score import NOTHING, Evidence, Method, lowest, score
 from .walk import Walk
@@ -31,8 +31,12 @@ class PruneRule:
     """Which groups lose how much.
 
     ratio: of each group's indices, a pair for the first layer and the last; or target: of the whole model's params,
-        flops or bytes, what may be left
-    kinds: heads, rows, channels, hidden, experts; modules: globs over the paths of the modules that a group cuts
+        flops, bytes or latency, what may be left
+    kinds: heads, rows, channels, hidden, experts
+    modules: globs over the paths of the modules that a group cuts, "*" for all; patterns: regular expressions searched
+        for in them as well; side: where a group cuts the modules that are named, and then each must have a group
+    num_heads, related: what heads are expected to number, and modules to be cut too (regular expressions)
+    section: of a configuration; no two of its patterns may choose one module, no two of its rules one group
     inner: also what lies inside another prunable atom, such as the size of a head
     multiple: of it widths are; least: groups with fewer indices stay
     ramp: when, in training
@@ -42,6 +46,11 @@ class PruneRule:
     target: tuple[Target, float] | None = None
     kinds: tuple[Kind, ...] = KINDS
     modules: tuple[str, ...] = ("*",)
+    patterns: tuple[str, ...] = ()
+    side: Side = "any"
+    num_heads: int | None = None
+    related: tuple[str, ...] = ()
+    section: str = ""
     score: Method = "l2"
     inner: bool = False
     multiple: int = 1
@@ -56,28 +65,37 @@ class PruneRule:
             return 1 - self.target[1]
         return max(self.ratio) if isinstance(self.ratio, tuple) else self.ratio
 
-    def selects(self, group: Group) -> bool:
+    def takes(self, group: Group) -> bool:
+        """Whether a group is of the right kind and size."""
+        return group.kind in self.kinds and (group.outermost or self.inner) and group.size >= self.least
+
+    def selects(self, group: Group, names: Names) -> bool:
         """Whether a group is meant: every rule takes a group whole."""
-        if group.kind not in self.kinds or not (group.outermost or self.inner) or group.size < self.least:
-            return False
-        owners = {cut.name.rpartition(".")[0] for cut in group.cuts}
-        return any(fnmatch.fnmatchcase(owner, glob) for owner in owners for glob in self.modules)
+        return self.takes(group) and any(
+            named(path, self.modules, self.patterns) for path in names.of(group, self.side)
+        )
 
 
 def selected(walk: Walk, rules: Sequence[PruneRule]) -> dict[PruneRule, list[Group]]:
     """The groups of each rule; the last rule that selects a group has it.
 
-    Raises RecipeError for a rule that selects nothing.
+    Raises RecipeError for a rule that selects nothing, or whose groups are not what it says they are.
     """
-    groups = find_groups(walk)
+    groups, names = find_groups(walk), Names.over(walk)
+    require_names(names, rules, groups)
+    meant: dict[PruneRule, list[Group]] = {rule: [] for rule in rules}
     taken: dict[PruneRule, list[Group]] = {rule: [] for rule in rules}
     for group in groups:
-        rule = next((rule for rule in reversed(rules) if rule.selects(group)), None)
-        if rule is not None and not group.reason:
-            taken[rule].append(group)
-    for rule, own in taken.items():
-        if not own:
-            raise _nothing(rule, groups)
+        own = [rule for rule in rules if not group.reason and rule.selects(group, names)]
+        require_one(own, group)
+        for rule in own:
+            meant[rule].append(group)
+        if own:
+            taken[own[-1]].append(group)
+    for rule in rules:
+        if not taken[rule]:
+            raise _nothing(rule, groups, names)
+        require_expected(names, rule, meant[rule])
     return taken
 
 
@@ -127,8 +145,8 @@ def _cost(walk: Walk, measure: Target, inputs: Sequence[Tensor] | None) -> Cost:
     return (lambda of: cost.numbers(walk, of)) if measure == "params" else (lambda of: cost.nbytes(walk, of))
 
 
-def _nothing(rule: PruneRule, groups: Sequence[Group]) -> RecipeError:
-    meant = [group for group in groups if rule.selects(group)]
+def _nothing(rule: PruneRule, groups: Sequence[Group], names: Names) -> RecipeError:
+    meant = [group for group in groups if rule.selects(group, names)]
     if any(not group.reason for group in meant):
         return RecipeError(
             "a pruning rule has nothing left to prune",
@@ -141,9 +159,9 @@ def _nothing(rule: PruneRule, groups: Sequence[Group]) -> RecipeError:
     wide = f" with {rule.least} indices or more" if rule.least > 2 else ""
     return RecipeError(
         "a pruning rule finds nothing to prune",
-        required=f"groups of {', '.join(rule.kinds)}{wide} in modules {', '.join(rule.modules)}",
+        required=f"groups of {', '.join(rule.kinds)}{wide} in modules {', '.join((*rule.modules, *rule.patterns))}",
         found="; ".join(reasons[:5]) or f"groups of {', '.join(found) or 'no kind'}",
-        cure="`dwindle inspect MODEL --groups` lists all groups, and why some stay",
+        cure=LISTING,
     )
 
 

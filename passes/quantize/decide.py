@@ -115,7 +115,7 @@ def _require_matches(model: Reading, rules: Sequence[QuantizeRule]) -> None:
         for pattern, of in (*((p, "glob") for p in rule.modules), *((p, "pattern") for p in rule.patterns)):
             matched = fnmatch.filter(known, pattern) if of == "glob" else _searched(pattern, known)
             for name in matched if rule.section else ():
-                _require_free(chosen, rule.section, name, pattern)
+                require_free(chosen, rule.section, name, pattern)
                 chosen[rule.section, name] = pattern
             if pattern == "*" or matched:
                 continue
@@ -128,8 +128,8 @@ def _require_matches(model: Reading, rules: Sequence[QuantizeRule]) -> None:
             )
 
 
-def _require_free(chosen: dict[tuple[str, str], str], section: str, name: str, pattern: str) -> None:
-    """Of one section no two patterns may choose a module: which of them counts would depend on their order."""
+def require_free(chosen: dict[tuple[str, str], str], section: str, name: str, pattern: str) -> None:
+    """Raise RecipeError where a pattern of a section chose a module: which one counts would depend on their order."""
     if (section, name) in chosen:
         raise RecipeError(
             f"two patterns of {section} choose {name}",
