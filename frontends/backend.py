@@ -72,11 +72,11 @@ def _options(
             found=recipe.name or "static activations",
             cure="dwindle.compress(model, recipe, data=[...])",
         )
-    if recipe.prune:  # torch.compile keeps the shapes of the model's tensors
+    if recipe.prune or recipe.sparsify:  # torch.compile keeps the model's own tensors
         raise RecipeError(
             "torch.compile cannot prune",
-            required="a recipe without prune",
-            found=f"{len(recipe.prune)} pruning rules",
+            required="a recipe without prune and sparsify",
+            found=f"{len(recipe.prune) + len(recipe.sparsify)} pruning rules",
             cure="dwindle.compress(model, recipe)",
         )
     return recipe, INNER[settings["inner"]]

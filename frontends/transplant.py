@@ -147,9 +147,7 @@ def _cuts(named: Mapping[str, Tensor], small: Compressed) -> dict[int, list[Slic
 
 def _without(tensor: Tensor, cuts: Sequence[Slice]) -> Tensor:
     for edit in cuts:
-        stay = torch.ones(edit.size, dtype=torch.bool)
-        stay[list(edit.removed)] = False
-        tensor = tensor.index_select(edit.dim, stay.nonzero().flatten().to(tensor.device))
+        tensor = tensor.index_select(edit.dim, edit.kept.to(tensor.device))
     return tensor
 
 

@@ -130,14 +130,14 @@ def test_what_inputs_and_outputs_share_is_declined(modules: str, said: str) -> N
         ({"scopes": "heads"}, "groups of heads in modules *", "groups of rows", "inspect MODEL --groups"),
         ({"modules": "decoder.*"}, "in modules decoder.*", "groups of rows", "inspect MODEL --groups"),
         ({"least": 11}, "with 11 indices or more", "groups of rows", "inspect MODEL --groups"),
-        ({"score": "fisher"}, "gradients of a loss", "no gradient of 0.weight", "choose l1, l2 or scale"),
+        ({"score": "fisher"}, "calibration data", "none", "a score that goes by the weights alone"),
         ({"ratio": -0.1}, "greater than or equal to 0", "-0.1", ""),
         ({"ratio": 1.0}, "less than 1", "1.0", ""),
         ({"multiple": 0}, "greater than or equal to 1", "0", ""),
     ],
 )
 def test_what_is_asked_for_in_vain(rule: dict[str, Any], required: str, found: str, cure: str) -> None:
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(DwindleError) as caught:
         pruned(plain(6, 10, 3), X, **{"ratio": 0.5, **rule})
     lines = {key: text for key, _, text in (line.strip().partition(": ") for line in str(caught.value).splitlines())}
     assert required in lines["required"]

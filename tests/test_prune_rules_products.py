@@ -223,7 +223,7 @@ CASES = {
         lambda m, y: torch.ops.transformers.grouped_mm_fallback(y, m.w, torch.tensor([2, 4], dtype=torch.int32)),
         7,
         groups=["rows 12: a.weight[0] a.bias[0] w[1]", "rows 7: w[2] b.weight[1]"],
-        stays={"w[0]": "experts are chosen by number"},
+        stays={"w[0]": "constants.c0 is a constant"},
         w=w(2, 12, 7),
     ),
     "embedding": Case(

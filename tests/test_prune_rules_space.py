@@ -179,7 +179,8 @@ CASES = {
     "pooling, what is pruned": rows(
         "max_pool1d", lambda m, y: F.max_pool1d(y, 2), 6, SEQUENCE, [], {"a.weight[0]": "it moves along it"}
     ),
-    **moved("cumsum", lambda y, d: y.cumsum(d)),
+    "cumsum": rows("cumsum", lambda m, y: y.cumsum(-1)),
+    "cumsum, another dimension": rows("cumsum", lambda m, y: y.cumsum(1).select(1, 1), shape=SEQUENCE),
     **moved("cumprod", lambda y, d: y.cumprod(d)),
     **moved("logcumsumexp", lambda y, d: y.logcumsumexp(d)),
     **moved("cummax", lambda y, d: y.cummax(d)[0]),
@@ -193,9 +194,6 @@ CASES = {
     **moved("log_softmax.int", lambda y, d: y.log_softmax(d)),
     "roll, all of it": rows("roll", lambda m, y: y.roll(3), groups=[], stays={"a.weight[0]": "it moves along it"}),
     "topk": rows("topk", lambda m, y: y.topk(3, 1)[0].sum(1), shape=SEQUENCE),
-    "topk, what is pruned": rows(
-        "topk", lambda m, y: y.topk(7, -1)[0], 7, groups=[], stays={"a.weight[0]": "it moves along it"}
-    ),
 }
 
 

@@ -209,3 +209,26 @@ def test_later_rules_override_and_excluded_modules_stay() -> None:
     assert found["blocks.0.up.weight"] == 0.5
     assert "blocks.0.down.weight" not in found
     assert found["blocks.1.down.weight"] == 0.25
+
+
+@pytest.mark.parametrize("quantize", [[], W8A8], ids=["float", "w8a8"])
+def test_zeros_go_back_to_the_eager_module(quantize: list[Any]) -> None:
+    model = Transformer().eval()
+    small = dwindle.compress(
+        model, {"sparsify": {"pattern": "2:4", "modules": "blocks.*"}, "quantize": quantize}, inputs=example()
+    )
+    eager = dwindle.transplant(small, model, inputs=example())
+    torch.testing.assert_close(eager(example()), small(example()), rtol=1e-5, atol=1e-6)
+    if not quantize:
+        assert int((eager.blocks[0].up.weight == 0).sum()) == 2048
+
+
+def test_a_mask_is_part_of_the_state() -> None:
+    rule = {"ratio": 0.5, "score": "snip_momentum", "schedule": {"offset": 1, "length": 4, "every": 2}}
+    first, whole = (dwindle.prepare(Transformer(), {"sparsify": rule}, inputs=example()) for _ in range(2))
+    train(whole, 5)
+    train(first, 3)
+    second = dwindle.prepare(Transformer(), {"sparsify": rule}, inputs=example())
+    second.load_state_dict(first.state_dict())
+    train(second, 2)
+    torch.testing.assert_close(second.eval()(example()), whole.eval()(example()), rtol=0, atol=0)

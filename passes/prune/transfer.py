@@ -122,7 +122,7 @@ TRANSFER: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (lookup.index_add, ("index_add", "index_add_", "index_copy", "index_copy_")),
     (shapes.created(0), ("zeros", "ones", "empty.memory_format", "full")),
     (shapes.created(1), ("new_zeros", "new_ones", "new_empty", "new_full")),
-    (shapes.counted, ("arange", "arange.start", "arange.start_step", "linspace", "scalar_tensor", "eye", "eye.m")),
+    (shapes.counted, ("arange", "arange.start", "arange.start_step", "linspace", "eye", "eye.m")),
     (shapes.item, ("getitem",)),
     # channels and space
     (windows.pixel_shuffle, ("pixel_shuffle",)),
