@@ -83,8 +83,10 @@ def compress(
     def grow(compressed: GraphModel, training: bool, call: Mapping[str, Any]) -> Program:
         fresh = capture(model, call, Store.borrowing(model), training=training, dynamic_shapes=dynamic_shapes)
         again = Job(plan=plan, target=compressed.store, masks=job.masks or {})
+        flat = verification_inputs(fresh, signature, call)
+        again.inputs = proof_inputs(fresh, flat)
         # A training variant writes running statistics, so it is not run to verify it.
-        tensors = None if training else verification_inputs(fresh, signature, call)
+        tensors = None if training else flat
         return replayed(prepared(fresh, tensors, again), tensors, again)
 
     if plan.quantizations:

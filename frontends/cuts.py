@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
@@ -27,6 +27,8 @@ class PruneEntry(Strict):
 
     ratio: of each group's indices, what goes; a pair is that of the first layer and of the last, and those between
         lie on a line; or target: what may be left of the model, {"params": 0.5}
+    budget: each group gives the ratio, or all together: of the numbers they hold, least scores over their groups' means
+        first
     scopes: kinds of groups
     modules: globs over the paths of modules that a group cuts, all of them unless there are patterns: regular
         expressions searched for in them
@@ -42,6 +44,7 @@ class PruneEntry(Strict):
 
     ratio: Ratio | None = None
     target: dict[Target, Annotated[float, Field(gt=0, le=1)]] | None = Field(default=None, min_length=1, max_length=1)
+    budget: Literal["layer", "network"] = "layer"
     scopes: tuple[Groups, ...] = Field(default=KINDS, min_length=1)
     modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     patterns: tuple[str, ...] = ()
@@ -74,6 +77,8 @@ class PruneEntry(Strict):
     def _one_measure(self) -> Self:
         if (self.ratio is None) == (self.target is None):
             raise ValueError("a pruning rule has a ratio or a target, and not both")
+        if self.budget == "network" and not isinstance(self.ratio, float):
+            raise ValueError("a budget of the network is one ratio")
         if self.score == "routed" and self.scopes != ("experts",):
             raise ValueError("routed mass is a score of experts alone: give it with scopes: experts")
         return self
@@ -83,6 +88,7 @@ class PruneEntry(Strict):
         return PruneRule(
             ratio=self.ratio or 0.0,
             target=None if self.target is None else next(iter(self.target.items())),
+            budget=self.budget,
             kinds=self.scopes,
             modules=globs(self.modules, self.patterns),
             patterns=self.patterns,

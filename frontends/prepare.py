@@ -90,8 +90,7 @@ def prepare(
             return prepared(fresh, None, again).program
         if student.pacer.thinning.sparsity is not None:
             zero(own, {weight.fqn: mask for weight, mask in student.pacer.thinning.sparsity.masks().items()})
-        if not training:
-            again.inputs = proof_inputs(fresh, verification_inputs(fresh, signature, call))
+        again.inputs = proof_inputs(fresh, verification_inputs(fresh, signature, call))
         return prepared(fresh, None, again).program
 
     def grow(student: GraphModel, training: bool, call: Mapping[str, Any]) -> Program:

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from models import ZOO
-from pruning import walked
+from pruning import Transformer, walked
 from torch import Tensor, nn
 
 import dwindle
 from dwindle.passes.prune import cost
 from dwindle.passes.prune.slices import leaves_of
-from dwindle.runtime.errors import RecipeError
+from dwindle.runtime.errors import PassError, RecipeError
 from dwindle.runtime.plan import Plan
 
 THIRD = {"prune": {"ratio": 0.3}}
@@ -175,3 +175,36 @@ def test_compile_refuses_by_name(recipe: dict[str, Any]) -> None:
     model, inputs = ZOO["bert"]()
     with pytest.raises(Exception, match=r"torch\.compile cannot prune"), torch.no_grad():
         torch.compile(model, backend="dwindle", options={"recipe": recipe})(**inputs)
+
+
+def test_a_budget_of_the_network_takes_the_least_wherever_they_are() -> None:
+    torch.manual_seed(0)
+    model = Transformer()
+    with torch.no_grad():  # nearly all of the first block's rows are worth little
+        model.blocks[0].up.weight[10:] *= 0.01
+        model.blocks[0].up.bias[10:] *= 0.01
+        model.blocks[0].down.weight[:, 10:] *= 0.01
+    rule = {"ratio": 0.25, "budget": "network", "scopes": "rows"}
+    small = dwindle.compress(model, {"prune": rule}, inputs=torch.randn(3, 5, 10))
+    gone = {cut.fqn: len(cut.removed) for cut in small.plan.slices}
+    assert gone == {f"blocks.0.{name}": 64 for name in ("up.weight", "up.bias", "down.weight")}
+    with pytest.raises(RecipeError, match="a budget of the network is one ratio"):
+        dwindle.compress(model, {"prune": {**rule, "ratio": [0.1, 0.2]}}, inputs=torch.randn(3, 5, 10))
+
+
+class Telling(nn.Module):
+    """(N, 6) to (N, 3), and on request what lies between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, also: bool = False) -> Any:
+        y = self.up(x).relu()
+        return (self.down(y), y) if also else self.down(y)
+
+
+def test_an_output_that_was_cut_is_refused_by_name() -> None:
+    small = dwindle.compress(Telling(), {"prune": {"ratio": 0.5}}, inputs=torch.randn(3, 6))
+    with pytest.raises(PassError, match="cannot be cut in another graph"):
+        small(torch.randn(3, 6), also=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from torch import Tensor
@@ -32,6 +33,7 @@ class PruneRule:
 
     ratio: of each group's indices, a pair for the first layer and the last; or target: of the whole model's params,
         flops, bytes or latency, what may be left
+    budget: each group gives the ratio, or all together
     kinds: heads, rows, channels, hidden, experts
     modules: globs over the paths of the modules that a group cuts, "*" for all; patterns: regular expressions searched
         for in them as well; side: where a group cuts the modules that are named, and then each must have a group
@@ -44,6 +46,7 @@ class PruneRule:
 
     ratio: Ratio = 0.0
     target: tuple[Target, float] | None = None
+    budget: Literal["layer", "network"] = "layer"
     kinds: tuple[Kind, ...] = KINDS
     modules: tuple[str, ...] = ("*",)
     patterns: tuple[str, ...] = ()
@@ -112,6 +115,8 @@ def choose(
     part: of the pruning, in training; inputs: flat example, for latency. Raises RecipeError for a target that cannot
     be met, and for latency without an example.
     """
+    if rule.target is None and rule.budget == "network":
+        return to_target(groups, scores, partial(_held, groups), 1 - rule.whole * part, rule.multiple)
     if rule.target is None:
         return local(groups, scores, at_part(rule.ratio, part), rule.multiple)
     measure, left = rule.target
@@ -127,6 +132,11 @@ def chosen(
         scores = {g.leaf: score(walk, g, rule.score, evidence, rule.seed) for g in groups}
         kept |= choose(walk, rule, groups, scores, inputs=inputs)
     return kept
+
+
+def _held(groups: Sequence[Group], of: Kept) -> float:
+    """Numbers in what stays of the groups."""
+    return sum((int(of[g.leaf].sum()) if g.leaf in of else g.size) * g.elements for g in groups)
 
 
 def _cost(walk: Walk, measure: Target, inputs: Sequence[Tensor] | None) -> Cost:

@@ -110,6 +110,18 @@ def randomised(store: Store, seed: int) -> Store:
 _SMALLER = (torch.float16, torch.bfloat16, torch.float32)
 
 
+_DROPOUT = (aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default)
+
+
+def draws(program: Program) -> bool:
+    """Whether a graph has random numbers besides dropout: there may be fewer of them once it is cut."""
+    targets = {node.target for node in program.graph.nodes if node.op == "call_function"} - {
+        *_DROPOUT,
+        aten.scaled_dot_product_attention.default,
+    }
+    return any(torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()) for target in targets)
+
+
 def in_double(program: Program) -> None:
     """Casts and new tensors are float64, dropout is off; recorded values are taken out."""
     for node in program.graph.nodes:
@@ -117,8 +129,10 @@ def in_double(program: Program) -> None:
         node.kwargs = fx.node.map_aggregate(node.kwargs, _widened)
         if _creates(node):
             node.kwargs = {**node.kwargs, "dtype": torch.float64}
-        if node.target in (aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default):
+        if node.target in _DROPOUT:
             node.args = (node.args[0], 0.0, False)
+        if node.target is aten.scaled_dot_product_attention.default and len(node.args) > 4:
+            node.args = (*node.args[:4], 0.0, *node.args[5:])
         if node.target is aten.rms_norm.default and full_args(node)[3] is None:  # it goes by the dtype
             node.args = (*full_args(node)[:3], torch.finfo(value_of(node).dtype).eps)
     program.module.recompile()

@@ -43,4 +43,12 @@ def leaves_of(walk: Walk, slices: Sequence[Slice]) -> dict[Atom, Tensor]:
                 required="indices that its axes can express",
                 found=str(error),
             ) from error
+    fixed = next((leaf for leaf in found if leaf.reason is not None), None)
+    if fixed is not None:
+        raise PassError(
+            "what was cut cannot be cut in another graph of the model",
+            required="widths that no input or output has",
+            found=fixed.reason or "indices that are used one by one",
+            cure="give inputs= that ask for every output that will be used, or leave this scope out: hidden",
+        )
     return found
