@@ -76,17 +76,8 @@ def measure(model: nn.Module, recipe: Any) -> dict[str, Any]:
 def show(points: dict[str, dict[str, Any]], original: int) -> None:
     """One row a recipe."""
     table = Table(title=f"MiniLM-L6 on disk; fp32 safetensors file {original / 1e6:.2f} MB", title_justify="left")
-    for name in (
-        "recipe",
-        "weights MB",
-        "folder MB",
-        "memory MB",
-        "ratio",
-        "target",
-        "save s",
-        "load s",
-        "loads the same",
-    ):
+    sizes = ("weights MB", "folder MB", "memory MB", "ratio")
+    for name in ("recipe", *sizes, "target", "save s", "load s", "loads the same"):
         table.add_column(name, justify="left" if name in ("recipe", "target") else "right")
     for name, r in points.items():
         total, target = sum(r["files"].values()), TARGETS.get(name)
