@@ -75,9 +75,9 @@ def compress(
     driver = prepared(captured, tensors, job)
     require_effect(rules, job.plan, captured.log)
     program, lowering, output = finish(driver, tensors, job)
-    certificate = certify(program, job.reference or program, tensors, sizes, lowering, output)
-    certificate.check()
     plan = job.plan or Plan()
+    certificate = certify(program, job.reference or program, tensors, sizes, lowering, output, plan.patterns)
+    certificate.check()
     target.alias_as(captured.store)
 
     def grow(compressed: GraphModel, training: bool, call: Mapping[str, Any]) -> Program:

@@ -16,7 +16,7 @@ from typing import Any
 from ..runtime.certificate import Certificate, Layer, lowering_limit
 from ..runtime.files import appearing
 from ..runtime.program import Entry
-from ..runtime.report import Report, block_of, is_quantized, size, spoken
+from ..runtime.report import Report, block_of, is_quantized, size, spoken, stored, zeros
 from .charts import Bar, bar_chart
 from .training_page import training
 
@@ -163,12 +163,20 @@ def _layer(layer: Layer) -> list[str]:
     served = " / ".join(escape(part) for part in (layer.operator, layer.kernel) if part)
     return [
         f"<td><code>{escape(layer.name)}</code></td>",
-        f"<td>{escape(spoken(layer.scheme))}</td>",
+        f"<td>{escape(_form(layer))}</td>",
         f'<td title="{escape("; ".join(layer.declined))}">{served}</td>' if layer.declined else f"<td>{served}</td>",
         _number(f"{layer.bytes_before:,}", layer.bytes_before),
         _number(f"{layer.bytes_after:,}", layer.bytes_after),
         _number("" if layer.error is None else f"{layer.error:.3g}", layer.error or 0.0),
     ]
+
+
+def _form(layer: Layer) -> str:
+    """How a layer is held, and how many zeros a pruned one has."""
+    if layer.zeros is None:
+        return spoken(layer.scheme)
+    share = layer.zeros.zeros / max(layer.zeros.total, 1)
+    return f"{spoken(layer.scheme)}, {share:.1%} zeros ({layer.zeros.pattern}); {layer.zeros.stored:,} bytes when saved"
 
 
 def _certificate(c: Certificate) -> str:
@@ -186,7 +194,8 @@ def _certificate(c: Certificate) -> str:
         f'<li class="{"yes" if ok else "no"}"><b>{"✓" if ok else "✗"} {name}</b><span>{found}</span></li>'
         for ok, name, found in facts
     )
-    return f'<ul class="facts">{"".join(items)}</ul><p>Checked on <code>{escape(c.inputs)}</code>.</p>'
+    sparse = f"<p>Zeros: {escape(zeros(c))}.</p><p>Stored: {escape(stored(c))}.</p>" if c.sparse else ""
+    return f'<ul class="facts">{"".join(items)}</ul>{sparse}<p>Checked on <code>{escape(c.inputs)}</code>.</p>'
 
 
 def _log(report: Report) -> str:

@@ -230,7 +230,7 @@ class Student(Recomputing):
         reference = job.reference or simulated
         own = self._own_names()
         sizes = {name: nbytes for name, nbytes in tensor_sizes(trained).items() if name not in own}
-        certificate = certify(program, reference, tensors, sizes, lowering, output)
+        certificate = certify(program, reference, tensors, sizes, lowering, output, plan.patterns)
         certificate = replace(certificate, code_mismatch=code_mismatch(program, simulated, tensors))
         certificate.check()
         if plan.quantizations:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..runtime.certificate import Certificate, Layer
+from ..runtime.certificate import Certificate, Layer, Zeros
 from ..runtime.errors import CertificateError
 from ..runtime.ops.catalog import SIMULATED, by_overload
 from ..runtime.program import Program, value_of
 from ..runtime.qtensor import QTensor
+from ..runtime.sparse_storage import stored_nbytes
 from .quantize.insert import SITE
 from .quantize.sites import find_sites
 from .verify import Difference, difference
@@ -26,10 +27,11 @@ def certify(
     sizes: Mapping[str, int],
     lowering: float,
     output: Difference,
+    patterns: Mapping[str, str],
 ) -> Certificate:
     """The certificate of `finished`, run on `inputs` beside `reference`, whose sites carry the same names.
 
-    sizes: bytes of each of the model's tensors before, by stored name.
+    sizes: bytes of each of the model's tensors before, by stored name; patterns: of the zeros in those that have some
     """
     kernels = _dispatch(finished, inputs)
     errors = _layer_errors(finished, reference, inputs)
@@ -49,6 +51,7 @@ def certify(
                 kernel=kernel,
                 declined=declined,
                 error=errors.get(name),
+                zeros=None if value is None or name not in patterns else count_zeros(value, patterns[name]),
             )
         )
     shapes = ", ".join(f"{s.name} {list(t.shape)}" for s, t in zip(finished.contract.inputs, inputs, strict=True))
@@ -90,6 +93,13 @@ def require_real(program: Program) -> None:
 def tensor_sizes(program: Program) -> dict[str, int]:
     """Bytes of every tensor of the program's store, by name."""
     return {name: _nbytes(value) for name, value in program.store.entries()}
+
+
+def count_zeros(value: Tensor | QTensor, pattern: str) -> Zeros:
+    """Of a finished weight: those that a recipe asked for, and those that numbers were rounded to."""
+    numbers = value.dequantize() if isinstance(value, QTensor) else value
+    zeros = numbers.numel() - int(numbers.count_nonzero())
+    return Zeros(pattern=pattern, zeros=zeros, total=numbers.numel(), stored=stored_nbytes(value, pattern))
 
 
 def _nbytes(value: Tensor | QTensor) -> int:

@@ -33,6 +33,7 @@ from .qtensor import QTensor
 from .saving import CONFIG, FORMAT, MANIFEST, WEIGHTS, digest, fingerprint, in_order, revive
 from .saving import save as save
 from .scheme import Scheme
+from .sparse_storage import Form, nbytes, read_form
 from .store import Store
 from .structure import Output, Structure
 
@@ -126,28 +127,54 @@ def _parts(entries: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Mapp
             yield name, entry
 
 
-def _read_weights(file: Path, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
-    """The tensors as views of the mapped file, held to their entries."""
+def _form(entry: Mapping[str, Any]) -> Form | None:
+    """How a tensor lies in the file; None: whole."""
+    return read_form(dtype_named(entry["dtype"]), entry["shape"], entry["stored"]) if "stored" in entry else None
+
+
+def _read_weights(file: Path, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:
+    """By name, the parts of each tensor ("" of one that lies whole) as views of the mapped file, held to its entry."""
+    forms = {name: _form(entry) for name, entry in _parts(entries)}
+    required = {
+        name: {"": (dtype_named(entry["dtype"]), tuple(entry["shape"]))} if form is None else form.parts()
+        for (name, entry), form in zip(_parts(entries), forms.values(), strict=True)
+    }
     with safe_open(file, framework="pt") as weights:
-        required, found = {name for name, _ in _parts(entries)}, set(weights.keys())
-        if required != found:
-            differing = ", ".join(sorted(required ^ found)[:5])
+        expected, found = {_part_name(n, part) for n, parts in required.items() for part in parts}, set(weights.keys())
+        if expected != found:
+            differing = ", ".join(sorted(expected ^ found)[:5])
             raise _damaged(file, "the tensors that the manifest names", f"a difference in {differing}")
-        tensors = {name: weights.get_tensor(name) for name in found}
+        tensors = {n: {p: weights.get_tensor(_part_name(n, p)) for p in parts} for n, parts in required.items()}
     for name, entry in _parts(entries):
-        tensor, dtype, shape = tensors[name], dtype_named(entry["dtype"]), tuple(entry["shape"])
-        if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
-            raise _wrong_tensor(name, f"{dtype} {list(shape)}", f"{tensor.dtype} {list(tensor.shape)}")
-        if "order" in entry and sorted(entry["order"]) != list(range(tensor.dim())):
-            raise _wrong_tensor(name, f"an order of {tensor.dim()} dimensions", entry["order"])
+        for part, (dtype, shape) in required[name].items():
+            tensor = tensors[name][part]
+            if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
+                has = f"{tensor.dtype} {list(tensor.shape)}"
+                raise _wrong_tensor(_part_name(name, part), f"{dtype} {list(shape)}", has)
+        if "order" in entry and sorted(entry["order"]) != list(range(len(entry["shape"]))):
+            raise _wrong_tensor(name, f"an order of {len(entry['shape'])} dimensions", entry["order"])
+        form = forms[name]
+        if form is not None:
+            if entry["bytes"] != nbytes(form):
+                raise _wrong_tensor(name, f"{nbytes(form)} bytes", entry["bytes"])
+            misfit = form.misfit(tensors[name])
+            if misfit:
+                raise _wrong_tensor(name, f"{entry['stored']}", misfit)
     return tensors
 
 
-def _place(mapped: Tensor, entry: Mapping[str, Any], home: torch.device) -> Tensor:
+def _part_name(name: str, part: str) -> str:
+    """Of one part of a tensor in the file."""
+    return f"{name}.{part}" if part else name
+
+
+def _place(parts: Mapping[str, Tensor], entry: Mapping[str, Any], home: torch.device) -> Tensor:
     """In memory of its own, on the CPU too: a mapped tensor starts anywhere, where an allocated one starts at a
     multiple of 64 bytes and kernels may round accordingly; and it would fail if the file were cut while in use.
     """
-    return in_order(mapped.to(home), entry["order"]) if "order" in entry else mapped.to(home, copy=True)
+    form = _form(entry)
+    tensor = parts[""] if form is None else form.unpack(parts)
+    return in_order(tensor.to(home), entry["order"]) if "order" in entry else tensor.to(home, copy=form is None)
 
 
 def _store(entries: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> Store:

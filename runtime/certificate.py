@@ -10,12 +10,26 @@ from .errors import CertificateError
 
 
 @dataclass(frozen=True, kw_only=True)
+class Zeros:
+    """What a pruned weight has of them: `zeros` among its `total` numbers, at places of `pattern`.
+
+    stored: bytes of the tensor in a saved model, where zeros are left out; in memory they take room as other numbers do
+    """
+
+    pattern: str
+    zeros: int
+    total: int
+    stored: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Layer:
     """One stored tensor or call site.
 
     name: the parameter's name; operator: what reads it; scheme: how it is stored ("float32" or a scheme)
     kernel: what served it when it was run on the example inputs, with the reasons others did not
     error: relative L2 error of the layer's output against the original model's, where measured
+    zeros: of a weight that was pruned to have some
     """
 
     name: str
@@ -26,6 +40,7 @@ class Layer:
     kernel: str = ""
     declined: tuple[str, ...] = ()
     error: float | None = None
+    zeros: Zeros | None = None
 
 
 class Layered:
@@ -40,8 +55,18 @@ class Layered:
 
     @property
     def bytes_after(self) -> int:
-        """Bytes as stored now."""
+        """Bytes in memory now."""
         return sum(layer.bytes_after for layer in self.layers)
+
+    @property
+    def bytes_stored(self) -> int:
+        """Bytes of the tensors in a saved model."""
+        return sum(layer.bytes_after if layer.zeros is None else layer.zeros.stored for layer in self.layers)
+
+    @property
+    def sparse(self) -> tuple[Layer, ...]:
+        """Those with zeros."""
+        return tuple(layer for layer in self.layers if layer.zeros is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,14 +115,22 @@ class Certificate(Layered):
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
+        """Plain data; of zeros nothing where there are none, as in older files."""
+        data = asdict(self)
+        for layer in data["layers"]:
+            if layer["zeros"] is None:
+                del layer["zeros"]
+        return data
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Certificate:
         """Inverse of `to_json`."""
-        layers = tuple(Layer(**{**layer, "declined": tuple(layer["declined"])}) for layer in data["layers"])
-        return Certificate(**{**data, "layers": layers})
+        return Certificate(**{**data, "layers": tuple(_layer(layer) for layer in data["layers"])})
+
+
+def _layer(data: Mapping[str, Any]) -> Layer:
+    zeros = {"zeros": Zeros(**data["zeros"])} if "zeros" in data else {}
+    return Layer(**{**data, "declined": tuple(data["declined"]), **zeros})
 
 
 # Integer products are exact where the simulation sums in fp32, so layers agree to fp32 rounding: measured at

@@ -103,6 +103,11 @@ class Plan:
         return tuple(edit for edit in self.edits if isinstance(edit, Sparsify))
 
     @property
+    def patterns(self) -> dict[str, str]:
+        """Where the zeros of each of them are, by name."""
+        return {edit.fqn: edit.pattern for edit in self.sparsities}
+
+    @property
     def quantizations(self) -> tuple[Quantize, ...]:
         """All quantisations."""
         return tuple(edit for edit in self.edits if isinstance(edit, Quantize))

@@ -19,7 +19,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .certificate import Certificate, Layer, Layered
+from .certificate import Certificate, Layer, Layered, Zeros
 from .program import Entry
 from .scheme import Scheme
 
@@ -144,6 +144,9 @@ class Report(Printed):
         ratio = c.bytes_after / max(c.bytes_before, 1)
         table = _table(str(self.recipe.get("name") or "Certificate"), show_header=False)
         table.add_row("tensors", f"{size(c.bytes_before)} -> {size(c.bytes_after)} ({ratio:.3f} of the bytes)")
+        if c.sparse:
+            table.add_row("zeros", zeros(c))
+            table.add_row("stored", stored(c))
         table.add_row("output error", differences(c.output_error))
         table.add_row("lowering error", f"{c.lowering_error:.2e} relative, largest of a layer")
         if c.code_mismatch is not None:
@@ -245,6 +248,28 @@ def size(count: int) -> str:
             break
         value, unit = value / 1000, larger
     return f"{count} B" if unit == "B" else f"{value:.{0 if value >= 99.95 else 1}f} {unit}"
+
+
+def zeros(certificate: Certificate) -> str:
+    """How many zeros there are in pruned weights, by pattern, and what they are good for, in one line."""
+    found: dict[str, list[Zeros]] = defaultdict(list)
+    for layer in certificate.sparse:
+        if layer.zeros is not None:
+            found[layer.zeros.pattern].append(layer.zeros)
+    parts = []
+    for pattern, own in found.items():
+        count, total = sum(item.zeros for item in own), sum(item.total for item in own)
+        weights = f"{len(own)} weight{'' if len(own) == 1 else 's'}"
+        parts.append(f"{count:,} of {total:,} numbers in {weights} ({pattern}, {count / max(total, 1):.1%})")
+    return f"{'; '.join(parts)}. In memory they take the room of other numbers, and they make nothing faster here"
+
+
+def stored(certificate: Certificate) -> str:
+    """What leaving zeros out comes to in a saved model, in one line."""
+    now, whole = certificate.bytes_stored, certificate.bytes_after
+    if now == whole:
+        return f"{size(now)} of tensors in a saved model: compressed, these zeros would take no less"
+    return f"{size(now)} of tensors in a saved model, where zeros are left out; {size(whole)} in memory"
 
 
 def trained(training: Mapping[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """Writing an artifact: a folder that `artifact.load` reads, complete or not there at all.
 
     manifest.json         versions, digests, how each tensor is stored, plan, recipe, certificate, log, graphs
-    weights.safetensors   every stored tensor once, a QTensor as <name>.codes, .scale and .zero_point
+    weights.safetensors   every stored tensor once, a QTensor as <name>.codes, .scale and .zero_point; where zeros are
+                          left out, <name>.values and .mask or .places, see `sparse_storage`
     config.json           the model's config, where it has one that gives plain data
 
 Numbers that JSON has no word for are written {"$float": "inf"}. The manifest ends with the digest of its own
@@ -27,13 +28,15 @@ from .errors import ArtifactError
 from .files import appearing
 from .graph_json import graph_to_json
 from .qtensor import QTensor
+from .sparse_storage import Form, forms_of, nbytes
 from .store import Store
 
 if TYPE_CHECKING:
     from .compressed import Compressed
 
-# Raised by one when an older dwindle could no longer read what is written.
-FORMAT = 1
+# Raised by one when an older dwindle could no longer read what is written. 2: zeros are left out, and the certificate
+# counts them; a model without is written as 1. What a file has is read by what its entries say.
+FORMAT = 2
 MANIFEST, WEIGHTS, CONFIG = "manifest.json", "weights.safetensors", "config.json"
 
 # Widest line of a manifest: most nodes of a graph fit.
@@ -45,7 +48,7 @@ def save(model: Compressed, path: Path) -> Path:
 
     Raises ArtifactError if `path` exists, or where a graph, tensor, recipe or config cannot be written.
     """
-    tensors = _Tensors(model.store)
+    tensors = _Tensors(model.store, model.plan.patterns)
     with appearing(path) as draft:
         draft.mkdir()
         manifest = describe(model, tensors.entries)
@@ -81,28 +84,32 @@ def describe(model: Compressed, tensors: Mapping[str, Any]) -> dict[str, Any]:
         ],
     }
     own = importlib.metadata.version("dwindle")
-    return {"format": FORMAT, "dwindle": own, **names, **{name: plain(part, name) for name, part in parts.items()}}
+    version = FORMAT if model.plan.sparsities else 1
+    return {"format": version, "dwindle": own, **names, **{name: plain(part, name) for name, part in parts.items()}}
 
 
 class _Tensors:
     """What a store holds, as the manifest's entries and as tensors that safetensors accepts.
 
+    patterns: of the zeros in what has some, by name
     values: contiguous CPU tensors, no two on one storage; those of the store wherever they already are so
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, patterns: Mapping[str, str]) -> None:
         self.entries: dict[str, dict[str, Any]] = {}
         self.values: dict[str, Tensor] = {}
         self._storages: set[int] = set()
         for name, value in store.entries():
+            forms = forms_of(value, patterns[name]) if name in patterns else {}
             if isinstance(value, QTensor):
-                parts = {part: self._add(f"{name}.{part}", tensor) for part, tensor in value.named_buffers()}
+                buffers = value.named_buffers()
+                parts = {part: self._add(f"{name}.{part}", tensor, forms.get(part)) for part, tensor in buffers}
                 scheme, shape = value.scheme.spell(), list(value.shape)
                 self.entries[name] = {"kind": "qtensor", "scheme": scheme, "shape": shape, "parts": parts}
             else:
-                self.entries[name] = {"kind": _kind(store, name, value), **self._add(name, value)}
+                self.entries[name] = {"kind": _kind(store, name, value), **self._add(name, value, forms.get(""))}
 
-    def _add(self, name: str, tensor: Tensor) -> dict[str, Any]:
+    def _add(self, name: str, tensor: Tensor, form: Form | None) -> dict[str, Any]:
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided or tensor.is_meta:
             raise ArtifactError(
                 f"tensor {name!r} cannot be saved",
@@ -113,16 +120,24 @@ class _Tensors:
         tensor = tensor.detach()
         order = memory_order(tensor)
         value = tensor.cpu().resolve_conj().resolve_neg().contiguous()
+        entry = {
+            "dtype": str(value.dtype).removeprefix("torch."),
+            "shape": list(value.shape),
+            "bytes": value.numel() * value.element_size() if form is None else nbytes(form),
+        }
+        if form is None:
+            self._hold(name, value)
+        else:
+            entry["stored"] = form.to_json()
+            for part, stored in form.pack(value).items():
+                self._hold(f"{name}.{part}", stored)
+        return entry if order is None else {**entry, "order": order}
+
+    def _hold(self, name: str, value: Tensor) -> None:
         if value.untyped_storage().data_ptr() in self._storages:
             value = value.clone()
         self._storages.add(value.untyped_storage().data_ptr())
         self.values[name] = value
-        entry = {
-            "dtype": str(value.dtype).removeprefix("torch."),
-            "shape": list(value.shape),
-            "bytes": value.numel() * value.element_size(),
-        }
-        return entry if order is None else {**entry, "order": order}
 
 
 def memory_order(tensor: Tensor) -> list[int] | None:
