@@ -23,7 +23,7 @@ from ..runtime.errors import MissingDependencyError, ScheduleError
 from .student import Student
 from .watch import Watch
 
-BITS = "average_bits"
+BITS, KEPT = "average_bits", "kept"
 LIGHTNING = ("lightning.pytorch", "pytorch_lightning")  # one library under two names, whose classes differ
 
 
@@ -44,10 +44,12 @@ class _Follower:
         """Leave the optimizer alone again."""
         self._open.close()
 
-    def bits(self) -> dict[str, float]:
-        """What to log."""
-        course = self.student.course
-        return {BITS: round(course.average_bits(), 4)} if course.weights else {}
+    def facts(self) -> dict[str, float]:
+        """What to log: bits on average, and what part stays of what is pruned."""
+        course, staying = self.student.course, self.student.pacer.thinning.staying()
+        bits = {BITS: round(course.average_bits(), 4)} if course.weights else {}
+        total = sum(of for _, _, of in staying)
+        return bits | ({KEPT: round(sum(now for _, now, _ in staying) / total, 4)} if total else {})
 
 
 def TrainerCallback(student: Student) -> Any:  # stands for the class that transformers has
@@ -69,9 +71,9 @@ def TrainerCallback(student: Student) -> Any:  # stands for the class that trans
             follower.begin(kwargs["optimizer"], state.max_steps, quiet=quiet)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            state.log_history[-1].update(follower.bits())
+            state.log_history[-1].update(follower.facts())
             if logs is not None:
-                logs.update(follower.bits())  # for the callbacks after this one
+                logs.update(follower.facts())  # for the callbacks after this one
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             follower.end()
@@ -97,7 +99,7 @@ def LightningCallback(student: Student) -> Any:  # stands for the class that Lig
             follower.begin(_optimizer_of(student, trainer.optimizers), steps, quiet=quiet)
 
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
-            module.log_dict(follower.bits())
+            module.log_dict(follower.facts())
 
         def on_train_end(self, trainer: Any, module: Any) -> None:
             follower.end()

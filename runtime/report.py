@@ -162,9 +162,13 @@ class Report(Printed):
 
     def _layers(self, width: int) -> Iterator[Table]:
         narrow = width < NARROW
-        changed = [layer for layer in self.layers if layer.operator or is_quantized(layer)]
+        changed, title = [layer for layer in self.layers if layer.operator or is_quantized(layer)], "Quantised layers"
+        if not changed:
+            changed = [layer for layer in self.layers if layer.bytes_after != layer.bytes_before]
+            title = "Pruned tensors"
         if len(changed) <= MOST_ROWS:
-            yield _layer_table("Quantised layers", changed, width)
+            if changed:
+                yield _layer_table(title, changed, width)
             return
         blocks = self.blocks
         if len(blocks) > MOST_ROWS:

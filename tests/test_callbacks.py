@@ -46,19 +46,33 @@ def test_trainer_trains_accumulates_and_predicts_without_labels(tmp_path: Path) 
     student.step()  # no longer followed
 
 
-def test_trainer_resumes_from_its_own_checkpoint(tmp_path: Path) -> None:
+PRUNE = {
+    "prune": {
+        "ratio": 0.5,
+        "scopes": ["heads", "rows"],
+        "score": "taylor",
+        "schedule": {"offset": 1, "length": 6, "every": 2},
+    },
+    "sparsify": {"ratio": 0.5, "score": "movement", "schedule": {"length": 6}},
+}
+
+
+@pytest.mark.parametrize("recipe", [MOQ, PRUNE], ids=["moq", "prune"])
+def test_trainer_resumes_from_its_own_checkpoint(recipe: dict[str, Any], tmp_path: Path) -> None:
     found = []
     for folder, stop in ((tmp_path / "whole", None), (tmp_path / "cut", 5)):
-        student = dwindle.prepare(classifier().train(), MOQ, inputs=batch(items(2)))
+        student = dwindle.prepare(classifier().train(), recipe, inputs=batch(items(2)))
         saving = {"save_strategy": "steps", "save_steps": 5, "max_steps": 8}
         trainer = _trainer(student, folder, **saving)
         trainer.train()
         if stop is not None:
-            student = dwindle.prepare(classifier().train(), MOQ, inputs=batch(items(2)))
+            student = dwindle.prepare(classifier().train(), recipe, inputs=batch(items(2)))
             _trainer(student, folder, **saving).train(resume_from_checkpoint=str(folder / "checkpoint-5"))
         found.append(student)
     whole, resumed = found
     assert resumed.course.to_json() == whole.course.to_json()
+    assert resumed.pacer.thinning.to_json() == whole.pacer.thinning.to_json()
+    assert trainer.state.log_history[-2].get("kept") == (0.5 if "prune" in recipe else None)
     for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b), name
 

@@ -208,3 +208,13 @@ def test_an_output_that_was_cut_is_refused_by_name() -> None:
     small = dwindle.compress(Telling(), {"prune": {"ratio": 0.5}}, inputs=torch.randn(3, 6))
     with pytest.raises(PassError, match="cannot be cut in another graph"):
         small(torch.randn(3, 6), also=True)
+
+
+def test_a_report_shows_what_was_cut() -> None:
+    small = dwindle.compress(Telling(), {"prune": {"ratio": 0.5}}, inputs=torch.randn(3, 6))
+    text = str(small.report())
+    assert "Quantised layers" not in text
+    lines = [line.split() for line in text.splitlines()]
+    assert ["up", "float32", "192", "B", "96", "B"] in [line[:6] for line in lines]
+    plain = dwindle.compress(Telling(), {}, inputs=torch.randn(3, 6))
+    assert "Pruned tensors" not in str(plain.report())
