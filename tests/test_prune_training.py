@@ -226,7 +226,7 @@ def test_a_watch_and_a_report_tell_what_was_cut(capsys: pytest.CaptureFixture[st
         train(student)
     told = capsys.readouterr().err
     assert "Pruning over 7 steps" in told
-    assert "step 7: heads, rows:" in told
+    assert "step 7: heads, rows in 4 groups:" in told
     assert "bits on average" not in told
     small = student.finish()
     text = str(small.report())
