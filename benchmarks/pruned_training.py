@@ -39,8 +39,8 @@ from dwindle.frontends.sentiment import evaluate_sentiment, load_classifier, sen
 Rule = Mapping[str, Any]
 
 HALF = {"ratio": 0.5, "scopes": ["channels", "hidden"], "schedule": {"length": 468, "every": 12}}
-HEADS_AND_ROWS = {"ratio": 0.4, "scopes": ["heads", "rows"]}
-EARLY = {"offset": 25, "length": 100, "every": 5}
+HEADS_AND_ROWS = {"ratio": 0.4, "scopes": ["heads", "rows"], "modules": "*.encoder.*"}
+EARLY = {"offset": 20, "length": 80, "every": 5}
 
 # By task: its runs besides the float one.
 RUNS: dict[str, dict[str, Rule]] = {

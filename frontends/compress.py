@@ -21,9 +21,9 @@ from ..runtime.compressed import Compressed
 from ..runtime.contract import Signature
 from ..runtime.errors import CalibrationError, CaptureError, RecipeError
 from ..runtime.model import DTYPE, GraphModel
+from ..runtime.own_state import own_state
 from ..runtime.plan import Plan
 from ..runtime.program import Entry, Program
-from ..runtime.randomness import own_random_state
 from ..runtime.store import Store
 from .capture import DynamicShapes, capture
 from .distill import task_loss
@@ -37,7 +37,7 @@ RecipeSource = Recipe | Mapping[str, Any] | str | Path
 FORWARDED = ("config", "main_input_name", "base_model_prefix", "name_or_path")
 
 
-@own_random_state()
+@own_state()
 def compress(
     model: nn.Module,
     recipe: RecipeSource = "zeroquant-w8a8",
@@ -89,7 +89,7 @@ def compress(
         tensors = None if training else flat
         return replayed(prepared(fresh, tensors, again), tensors, again)
 
-    if plan.quantizations:
+    if plan.quantizations or plan.sparsities:
         target.freeze()
     elif plan:
         target.own()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
@@ -13,7 +12,7 @@ from ..passes.prune.groups import Kind as Groups
 from ..passes.prune.named import Side
 from ..passes.prune.score import Method as Importance
 from .ramps import RampSettings
-from .strict import Strict, globs
+from .strict import Strict, globs, regular
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Ratio = Annotated[
@@ -66,12 +65,7 @@ class PruneEntry(Strict):
     @field_validator("patterns", "related")
     @classmethod
     def _regular(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in value:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
-        return value
+        return regular(value)
 
     @model_validator(mode="after")
     def _one_measure(self) -> Self:

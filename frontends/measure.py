@@ -10,7 +10,7 @@ from torch import nn
 
 from ..runtime.compressed import Compressed
 from ..runtime.contract import Contract
-from ..runtime.randomness import own_random_state
+from ..runtime.own_state import own_state
 from ..runtime.structure import flatten, rebuild
 from .capture import in_mode
 from .timing import in_turns, machine, quantile, resized
@@ -21,7 +21,7 @@ WARM_UP = 3  # calls of each side that are not counted: first ones load, allocat
 MOST_RUNS = 200
 
 
-@own_random_state()
+@own_state()
 def measure(model: nn.Module, compressed: Compressed, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """p50 and p95 of both models in seconds at each batch size, calls interleaved; and what machine it was."""
     where = machine()  # before the timing, which is load too

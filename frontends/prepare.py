@@ -14,9 +14,9 @@ from ..passes.quantize.course import Course
 from ..passes.quantize.cuts import require_cuttable
 from ..runtime.contract import Signature
 from ..runtime.model import GraphModel
+from ..runtime.own_state import own_state
 from ..runtime.plan import Plan
 from ..runtime.program import Program
-from ..runtime.randomness import own_random_state
 from ..runtime.store import Store
 from .capture import DynamicShapes, capture
 from .compress import (
@@ -35,7 +35,7 @@ from .recipe import Recipe
 from .student import Student
 
 
-@own_random_state()
+@own_state()
 def prepare(
     model: nn.Module,
     recipe: RecipeSource = "zeroquant-w8a8",
@@ -75,8 +75,8 @@ def prepare(
     course = job.course or Course(store, plan.quantizations, {}, recipe.seed)
     thinning = Thinnings(job.pruning, job.sparsity)
     if job.pruning is not None:
-        pruning, plain = job.pruning, job.reference or program
-        require_cuttable(plain, plan, pruning.cut_names(), pruning.final_shape)
+        require_cuttable(job.reference or program, plan, job.pruning.cuts())
+    thinning.require_apart()
     thinning.begin()
 
     def recapture(student: Student, training: bool, call: Mapping[str, Any], cuts: Plan | None) -> Program:

@@ -158,7 +158,7 @@ def _validated(data: Any) -> Recipe:
         unknown = first["type"] == "extra_forbidden"
         raise RecipeError(
             f"the recipe's {where or 'top level'} is not right",
-            required=f"one of the keys {', '.join(allowed)}" if unknown else first["msg"],
+            required=f"one of the keys {', '.join(allowed)}" if unknown else first["msg"].removeprefix("Value error, "),
             found=where if unknown else repr(first["input"]),
             cure=f"did you mean {near[0]!r}?" if unknown and near else None,
         ) from error

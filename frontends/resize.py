@@ -282,7 +282,7 @@ def _sized(tensor: Tensor, shape: Sequence[Any]) -> Tensor:
     for dim, wanted in enumerate(shape):
         more = max(0, wanted - tensor.shape[dim])
         tensor = torch.cat([tensor, tensor.narrow(dim, 0, more)], dim) if more else tensor.narrow(dim, 0, wanted)
-    return tensor
+    return tensor.contiguous()
 
 
 @contextlib.contextmanager

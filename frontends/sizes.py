@@ -17,8 +17,8 @@ from ..passes.verify import difference
 from ..runtime.contract import Contract
 from ..runtime.errors import CaptureError
 from ..runtime.model import flat_outputs
+from ..runtime.own_state import own_state
 from ..runtime.program import Program, is_random
-from ..runtime.randomness import own_random_state
 from ..runtime.store import Store
 from ..runtime.structure import flatten, rebuild
 
@@ -70,7 +70,7 @@ def _cut(contract: Contract, tensors: Sequence[Tensor], name: str) -> list[Tenso
 def _agree(model: nn.Module, program: Program, tensors: Sequence[Tensor]) -> bool:
     arguments = rebuild(program.contract.arguments, [t.clone() for t in tensors])
     try:
-        with torch.no_grad(), own_random_state():
+        with torch.no_grad(), own_state():
             torch.manual_seed(0)  # a model may draw noise in eval mode too
             expected = flat_outputs(flatten(eager(model, arguments, program.store, program.written()))[1])
             torch.manual_seed(0)

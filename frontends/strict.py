@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -21,3 +22,13 @@ def fields(settings: Strict) -> dict[str, Any]:
 def globs(modules: tuple[str, ...] | None, patterns: tuple[str, ...]) -> tuple[str, ...]:
     """Of a rule that may have patterns instead."""
     return modules if modules is not None else () if patterns else ("*",)
+
+
+def regular(patterns: tuple[str, ...]) -> tuple[str, ...]:
+    """The same, where all are regular expressions. Raises ValueError."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+    return patterns

@@ -21,13 +21,14 @@ from ..passes.pipeline import Job
 from ..passes.prune.sparsify import edits
 from ..passes.quantize.course import Course
 from ..passes.quantize.live import gauges, load_ranges, require_seen
+from ..passes.verify import difference
 from ..runtime.compressed import Compressed
 from ..runtime.contract import Key
 from ..runtime.errors import ScheduleError
-from ..runtime.model import GraphModel
+from ..runtime.model import GraphModel, flat_outputs
+from ..runtime.own_state import own_state
 from ..runtime.plan import Plan
-from ..runtime.program import Program
-from ..runtime.randomness import own_random_state
+from ..runtime.program import Entry, Program
 from ..runtime.store import Store
 from .compress import (
     finish,
@@ -64,13 +65,19 @@ class Student(Recomputing):
     _following: bool = False
     _again: Closure | None = None
     _loss: Tensor | None = None
+    _anew = False  # whether a state of the model alone was loaded, and pruning has not begun anew by it
 
     NOT_COPIED = (*Recomputing.NOT_COPIED, "pacer", "_teacher", "_following", "_again", "_loss")
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_load_state_dict_post_hook(_begin_anew)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A student that trains on by itself, from here; it follows no optimizer yet. The teacher is shared."""
         other = super().__deepcopy__(memo)
         other.pacer, other._teacher = self.pacer.on(other.store), self._teacher
+        other.register_load_state_dict_post_hook(_begin_anew)  # type: ignore[no-untyped-call]  # as above
         return other
 
     @property
@@ -104,7 +111,7 @@ class Student(Recomputing):
         Raises DistillationError where there is neither, or where student and teacher cannot be compared.
         """
         arguments, teacher = as_arguments(self, batch), next(iter(self._teacher), None)
-        settings, call = self.recipe.distill, model or self
+        settings, call = self.recipe.distill, self if model is None else model
         output = call(**arguments)
         found = total_loss(output, arguments, teacher, weight=settings.weight, temperature=settings.temperature)
         if self.training:
@@ -196,9 +203,9 @@ class Student(Recomputing):
         return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        if f"{prefix}_extra_state" not in state_dict and (
-            not self.pacer.remembers or self._is_plain(state_dict, prefix)
-        ):
+        plain = self._is_plain(state_dict, prefix)
+        if f"{prefix}_extra_state" not in state_dict and (plain or not self.pacer.remembers):
+            self._anew = plain
             state_dict[f"{prefix}_extra_state"] = self.get_extra_state()
             own = self.state_dict()
             for name in self._own_names() & own.keys():
@@ -210,7 +217,7 @@ class Student(Recomputing):
         """Whether a state is one of the model alone, from which schedules begin anew."""
         return not any(prefix + name in state_dict for name in self._own_names())
 
-    @own_random_state()
+    @own_state()
     def finish(self, *, early: bool = False) -> Compressed:
         """Pack the weights as they are now. The student is unchanged and shares no memory with the result.
 
@@ -226,14 +233,17 @@ class Student(Recomputing):
         cuts = plan if self.pacer.thinning.courses else None
         simulated = trained if cuts is None else self._recapture(self, False, self.example, cuts)
         job = Job(plan=plan, target=Store(), trains=True)
-        program, lowering, output = finish(Driver(simulated.copy(), tensors), tensors, job)
+        driver = Driver(simulated.copy(), tensors)
+        program, lowering, output = finish(driver, tensors, job)
         reference = job.reference or simulated
+        apart = difference(flat_outputs(trained.run(tensors)), driver.outputs).relative
+        program.log.append(Entry(stage="finish", rule="finish.compared", reason=f"relative error {apart:.3g}"))
         own = self._own_names()
         sizes = {name: nbytes for name, nbytes in tensor_sizes(trained).items() if name not in own}
         certificate = certify(program, reference, tensors, sizes, lowering, output, plan.patterns)
         certificate = replace(certificate, code_mismatch=code_mismatch(program, simulated, tensors))
         certificate.check()
-        if plan.quantizations:
+        if plan.quantizations or plan.sparsities:
             job.target.freeze(clone=True)
         else:
             job.target.own()
@@ -272,3 +282,11 @@ class Student(Recomputing):
 
     def _eval_variant(self) -> Program:
         return next(p for p in self.variants.values() if not p.contract.training)
+
+
+def _begin_anew(student: nn.Module, _: object) -> None:
+    """Once the tensors of the model alone are loaded: what is cut is chosen by them, from the first step."""
+    assert isinstance(student, Student)
+    if student._anew:
+        student._anew = False
+        student.pacer.thinning.restart()

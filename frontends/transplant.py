@@ -16,9 +16,9 @@ from ..passes.quantize.twins import symmetric_padding
 from ..runtime.compressed import Compressed
 from ..runtime.model import GraphModel
 from ..runtime.modules import QuantizedConv2d, QuantizedEmbedding, QuantizedLinear
+from ..runtime.own_state import own_state
 from ..runtime.plan import Quantize, Slice, input_scale_name, input_zero_name
 from ..runtime.qtensor import QTensor
-from ..runtime.randomness import own_random_state
 from .inputs import as_arguments
 from .resize import Beside, TransplantError, analysed, examples, fit_layers, resize
 
@@ -31,7 +31,7 @@ LIMIT = 2e-2
 EXACT = 1e-5
 
 
-@own_random_state()
+@own_state()
 def transplant(small: Compressed, model: nn.Module, *, inputs: Any = None) -> nn.Module:
     """A copy of the eager `model` that is cut as `small` is, and runs its quantised layers.
 

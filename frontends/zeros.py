@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from ..passes.prune.sparse import Pattern, SparseScore
 from ..passes.prune.sparsify import SparseRule
 from .ramps import RampSettings
-from .strict import Strict, globs
+from .strict import Strict, globs, regular
 
 
 class SparsifyEntry(Strict):
@@ -40,6 +40,11 @@ class SparsifyEntry(Strict):
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
+
+    @field_validator("patterns", "exclude")
+    @classmethod
+    def _regular(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return regular(value)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -26,7 +26,8 @@ Measure = Callable[["Compressed"], Mapping[str, Any]]
 class Compressed(GraphModel):
     """A compressed model: call it as the original. Its inputs may have gradients.
 
-    Weights are frozen where any is quantised; a model that is only pruned trains on, on tensors of its own.
+    Weights are frozen where any is quantised or has zeros that were asked for; a model that is only pruned trains on,
+    on tensors of its own.
 
     certificate: what it is; recipe: how it was made (plain data); log: every rewrite applied or declined
     measured: latency and other figures taken on some machine, by `report()`, and the course of training; they
@@ -63,8 +64,8 @@ class Compressed(GraphModel):
         return other
 
     def train(self, mode: bool = True) -> Self:
-        """A quantised model has no training mode: integers have no gradient. One that is only pruned trains on."""
-        if mode and self.plan.quantizations:
+        """One that is only pruned trains on. Integers have no gradient, and zeros in weights would not stay zeros."""
+        if mode and (self.plan.quantizations or self.plan.sparsities):
             raise DwindleError(
                 "a compressed model cannot be trained",
                 required="eval mode",

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_map_only
 from .contract import Contract, Key, Signature, bind_call, call_key
 from .errors import CaptureError, DwindleError
 from .graph_json import dtype_named
+from .own_state import own_state
 from .plan import Plan
 from .program import Program
-from .randomness import own_random_state
 from .store import Store, view
 from .structure import Structure, rebuild
 
@@ -140,7 +140,7 @@ class GraphModel(nn.Module):
                 found=f"{'train' if training else 'eval'}({given})",
                 cure="call it as captured, or compress the original model with such inputs",
             )
-        with _GROWING, own_random_state():
+        with _GROWING, own_state():
             known = self.variants.get(call_key(training, structure))  # of a thread that was here before
             if known is None:
                 # A graph is captured of the values alone: hooks may have made them part of another.

@@ -50,10 +50,11 @@ PRUNE = {
     "prune": {
         "ratio": 0.5,
         "scopes": ["heads", "rows"],
+        "modules": "*.encoder.*",
         "score": "taylor",
         "schedule": {"offset": 1, "length": 6, "every": 2},
     },
-    "sparsify": {"ratio": 0.5, "score": "movement", "schedule": {"length": 6}},
+    "sparsify": {"ratio": 0.5, "score": "movement", "modules": "classifier", "schedule": {"length": 6}},
 }
 
 

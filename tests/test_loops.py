@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from numerics import error
 from ranks import MOQ, items
 from torch import Tensor, nn
@@ -77,6 +77,7 @@ def accelerator() -> Iterator[Callable[..., Accelerator]]:
 
     def make(**options: Any) -> Accelerator:
         AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()  # a Trainer before has set how often to accumulate
         return Accelerator(cpu=True, gradient_accumulation_steps=2, **options)
 
     yield make

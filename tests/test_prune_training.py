@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from mixtures import mixture, tokens
 from pruning import Transformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -174,6 +175,17 @@ def test_a_run_that_is_too_short_is_refused_beforehand() -> None:
         dwindle.prepare(Transformer(), {"prune": {"ratio": 0.5, "schedule": RAMP}}, inputs=example(), total_steps=6)
 
 
+def test_a_state_of_the_model_alone_is_chosen_from_anew() -> None:
+    student, model = prepared({"scopes": "rows", "schedule": {}}), Transformer()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.up.weight[:64] *= 3  # which were not the largest
+    student.load_state_dict(model.state_dict())
+    pruning = student.pacer.thinning.pruning
+    assert pruning is not None
+    assert all(bool(mask[:64].all()) for mask in pruning.kept().values())
+
+
 def test_a_plain_state_begins_anew() -> None:
     student, model = prepared({}), Transformer()
     train(student)
@@ -201,17 +213,42 @@ def test_a_target_is_met_at_the_end_of_its_ramp() -> None:
     assert 0.4 < left / whole <= 0.5
 
 
-def test_groups_of_columns_are_refused_where_pruning_breaks_them() -> None:
-    weight = {"bits": 4, "group_size": 8}
-    quantize = [{"modules": "blocks.*", "weight": {**weight, "learned": True}}]
-    with pytest.raises(RecipeError, match="learned scales are of groups"):
-        prepared({"scopes": "rows"}, quantize=quantize)
+@pytest.mark.parametrize("weight", [{"bits": 4, "group_size": 8}, {"bits": 2, "kind": "ternary"}], ids=str)
+def test_scales_that_pruning_would_change_are_refused(weight: dict[str, Any]) -> None:
     quantize = [{"modules": "blocks.*", "weight": weight}]
-    with pytest.raises(RecipeError, match="does not divide into its groups"):
-        prepared({"scopes": "rows", "ratio": 0.45}, quantize=quantize)
-    student = prepared({"scopes": "rows", "ratio": 0.45, "multiple": 8}, quantize=quantize)
+    with pytest.raises(RecipeError, match="its scales are of what would move"):
+        prepared({"scopes": "rows"}, quantize=quantize)
+
+
+def test_under_autocast_variants_are_captured_as_they_are() -> None:
+    student = prepared({"scopes": "rows"}).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = student(example()).float().square().mean()
+    loss.backward()
+    assert type(loss.detach()) is Tensor
+    assert all(type(p.grad) is Tensor for p in student.parameters())
+
+
+def test_frozen_parameters_are_worth_nothing_to_the_loss() -> None:
+    model = Transformer()
+    model.blocks[0].up.weight.requires_grad_(False)
+    student = prepared({"scopes": "rows", "score": "taylor"}, model)
     train(student)
-    assert student.finish()(example()).isfinite().all()
+    assert widths(student) == [64, 64]
+
+
+def test_experts_are_learned_through_what_counts_them() -> None:
+    model, inputs = mixture("mixtral"), tokens()
+    rule = {"scopes": "experts", "ratio": 0.5, "score": "movement", "schedule": {"offset": 1}}
+    student = dwindle.prepare(model.train(), {"prune": rule}, inputs=inputs)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    for _ in range(2):
+        student(**inputs)[0].square().mean().backward()
+        optimizer.step()
+        student.step()
+        optimizer.zero_grad()
+    small = student.eval().finish()
+    torch.testing.assert_close(small(**inputs)[0], student(**inputs)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_gradient_scores_want_gradients() -> None:

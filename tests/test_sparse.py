@@ -122,7 +122,7 @@ def test_zeros_at_once(rule: dict[str, Any], quantize: list[Any]) -> None:
 @pytest.mark.parametrize("quantize", [[], W8A8], ids=["float", "w8a8"])
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "4x1"])
 def test_zeros_in_training(score: str, quantize: list[Any], pattern: str) -> None:
-    rule = {"ratio": 0.5, "pattern": pattern, "score": score, "modules": "blocks.*", "schedule": RAMP}
+    rule = {"ratio": 0.5, "pattern": pattern, "score": score, "modules": ["*.up", "*.down"], "schedule": RAMP}
     prune = {"ratio": 0.5, "scopes": "heads", "schedule": RAMP}
     student = dwindle.prepare(Transformer(), {"sparsify": rule, "prune": prune, "quantize": quantize}, inputs=example())
     train(student, 5)
@@ -232,3 +232,25 @@ def test_a_mask_is_part_of_the_state() -> None:
     second.load_state_dict(first.state_dict())
     train(second, 2)
     torch.testing.assert_close(second.eval()(example()), whole.eval()(example()), rtol=0, atol=0)
+
+
+def test_a_weight_is_cut_or_gets_zeros() -> None:
+    recipe = {"sparsify": {"ratio": 0.5}, "prune": {"ratio": 0.5, "scopes": "heads"}}
+    with pytest.raises(RecipeError, match="8 weights are to be pruned and to get zeros"):
+        dwindle.prepare(Transformer(), recipe, inputs=example())
+    small = dwindle.compress(Transformer(), recipe, inputs=example())
+    assert {edit.zeros * 2 == edit.total for edit in small.plan.sparsities} == {True}
+
+
+def test_zeros_stay_since_what_has_them_does_not_train_on() -> None:
+    small = dwindle.compress(Transformer(), {"sparsify": {"ratio": 0.5}}, inputs=example())
+    with pytest.raises(DwindleError, match="cannot be trained"):
+        small.train()
+
+
+def test_a_pattern_is_learned_in_sixteen_bits() -> None:
+    model, x = Transformer().bfloat16(), example().bfloat16()
+    rule = {"pattern": "2:4", "score": "movement", "modules": "blocks.*"}
+    student = dwindle.prepare(model, {"sparsify": rule}, inputs=x)
+    student(x).square().mean().backward()
+    assert torch.equal(student.eval().finish()(x), student(x))

@@ -99,7 +99,7 @@ def to_target(
         raise RecipeError(
             "the model cannot be pruned to its target",
             required=f"at least {least:.3f} of it, with what may be pruned here",
-            found=target,
+            found=f"{target:.3g}",
             cure="prune more: scopes ['heads', 'rows', 'channels', 'hidden'] and all modules",
         )
     while low < high:

@@ -23,7 +23,7 @@ from .walk import Walk
 class PruneCourse(MaskCourse[PruneRule]):
     """Of structured pruning: to finish, `slices()` are the cuts at this moment."""
 
-    PART = "group"
+    PART, WINDOW = "group", 16
 
     def __init__(self, walk: Walk, groups: Mapping[PruneRule, Sequence[Group]], evidence: Evidence = NOTHING) -> None:
         super().__init__(walk.program.store, (rule for rule, own in groups.items() if own))
@@ -58,13 +58,13 @@ class PruneCourse(MaskCourse[PruneRule]):
         """Add what this step's gradients say an index is worth, where the score goes by gradients."""
         if rule.score not in WITH_GRADIENT:
             return
-        gradients = {
-            cut.name: tensor.grad
-            for group in self.groups[rule]
-            for cut in group.cuts
-            if isinstance(tensor := self.store.get(cut.name), Tensor) and tensor.grad is not None
-        }
-        for group in self.groups[rule] if gradients else ():
+        held = {cut.name: self.store.get(cut.name) for group in self.groups[rule] for cut in group.cuts}
+        tensors = {name: tensor for name, tensor in held.items() if isinstance(tensor, Tensor)}
+        if all(tensor.grad is None for tensor in tensors.values()):
+            return
+        # What is frozen, or of no use to the loss, changes nothing about it.
+        gradients = {name: torch.zeros_like(t) if t.grad is None else t.grad for name, t in tensors.items()}
+        for group in self.groups[rule]:
             worth = self._worth(group)
             worth += score(self.walk, group, rule.score, Evidence({rule.score: gradients})).to(worth.device)
 
@@ -109,16 +109,12 @@ class PruneCourse(MaskCourse[PruneRule]):
         axes = self.walk.stored.get(fqn)
         return None if axes is None else [count(axis, kept) for axis in axes]
 
-    def final_shape(self, fqn: str) -> list[int] | None:
-        """The shape that a stored tensor will have at the end, as far as the weights of today tell."""
-        final: dict[Atom, Tensor] = {}
-        for rule, groups in self.groups.items():
-            final |= choose(self.walk, rule, groups, {g.leaf: score(self.walk, g, "l2") for g in groups})
-        return self.shape(fqn, final)
-
-    def cut_names(self) -> set[str]:
-        """The stored tensors of which something may go."""
-        return {cut.name for groups in self.groups.values() for group in groups for cut in group.cuts}
+    def cuts(self) -> dict[str, set[int]]:
+        """By stored name, the dimensions of which something may go."""
+        found: dict[str, set[int]] = {}
+        for cut in (cut for groups in self.groups.values() for group in groups for cut in group.cuts):
+            found.setdefault(cut.name, set()).add(cut.dim)
+        return found
 
     def names(self) -> set[str]:
         """All names under which training may keep tensors for this."""

@@ -146,7 +146,7 @@ def _cost(walk: Walk, measure: Target, inputs: Sequence[Tensor] | None) -> Cost:
                 "latency is measured on a model that is cut, and one in training is not",
                 required="a target of flops, params or bytes, or a ratio",
                 found="a target of latency",
-                cure="compress() with the latency tells the flops that it takes",
+                cure="train with a ratio, and compress() for the latency afterwards",
             )
         return latency(walk, inputs)
     if measure == "flops":

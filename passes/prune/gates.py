@@ -78,8 +78,8 @@ class Gate:
         if self.place >= len(found) or found[self.place].size != self.size or found[self.place].reason is not None:
             raise PassError(
                 f"a cut of {self.fqn} cannot be made in another graph of the model",
-                required=f"{self.size} indices that go together",
-                found=[leaf.size for leaf in found],
+                required=f"{self.size} indices that go together and may be cut",
+                found=next((leaf.reason for leaf in found if leaf.reason), None) or [leaf.size for leaf in found],
                 cure="leave this module out of what is pruned",
             )
         return found[self.place]

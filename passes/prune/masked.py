@@ -116,6 +116,8 @@ def _times_masks(masks: Masks, node: fx.Node, x: fx.Node, endings: Endings, prod
     for ending, axis in endings:
         dim = ending.dim if ending.dim < 0 else ending.dim - value_of(x).dim()
         mask = masks.beside(axis, x, dim)
+        if not value_of(node).dtype.is_floating_point:  # counts have no gradient to give
+            mask = masks.program.emit(aten.detach.default, mask, like=node)
         if (x, mask) not in products:
             products[x, mask] = masks.program.emit(aten.mul.Tensor, x, mask, like=node)
         x = products[x, mask]

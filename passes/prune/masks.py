@@ -3,7 +3,8 @@
     after each optimizer step     course.advance()        what is cut is chosen anew where a ramp says so
 
 What stays is chosen by the weights as they are then, cut ones too, so it may come back while a ramp rises. Scores that
-go by gradients are gathered over the last WINDOW steps before each choice.
+go by gradients are gathered over the last WINDOW steps before each choice: of structures by the sum, over steps, of
+what each is worth.
 """
 
 from __future__ import annotations
@@ -14,13 +15,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
+import torch
 from torch import Tensor
 
 from ...runtime.errors import ScheduleError
 from ...runtime.store import Store
 from ..schedule import Ramp
-
-WINDOW = 16
 
 
 class Ramped(Protocol):
@@ -57,6 +57,7 @@ class MaskCourse(ABC, Generic[R]):
     """Invariant: the masks in the store are what was chosen at the last move that a ramp has made."""
 
     PART: ClassVar[str]  # what a rule's masks are of
+    WINDOW: ClassVar[int | None] = None  # of how many steps before a choice gradients count, None for all
 
     def __init__(self, store: Store, rules: Iterable[R]) -> None:
         self.store, self.rules, self.step = store, tuple(rules), 0
@@ -93,12 +94,24 @@ class MaskCourse(ABC, Generic[R]):
         """Before the first step: ramps without an offset move."""
         return self._move()
 
+    @torch.no_grad()
+    def restart(self) -> None:
+        """From the first step, by the weights as they are now, and with nothing learned yet."""
+        self.step = 0
+        for name in self.names():
+            value = self.store.get(name)
+            if isinstance(value, Tensor) and value.is_floating_point():
+                value.zero_()
+        for rule in self.rules:
+            self.choose(rule, 0.0)
+        self.begin()
+
     def advance(self) -> list[Thinning]:
         """One optimizer step is done. Raises ScheduleError where a score wants gradients and there are none."""
         self.step += 1
         for rule in self.rules:
             ahead = rule.ramp.until_move(self.step)
-            if ahead is not None and ahead < WINDOW:
+            if ahead is not None and (self.WINDOW is None or ahead < self.WINDOW):
                 self.gather(rule)
         return self._move()
 

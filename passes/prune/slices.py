@@ -49,6 +49,6 @@ def leaves_of(walk: Walk, slices: Sequence[Slice]) -> dict[Atom, Tensor]:
             "what was cut cannot be cut in another graph of the model",
             required="widths that no input or output has",
             found=fixed.reason or "indices that are used one by one",
-            cure="give inputs= that ask for every output that will be used, or leave this scope out: hidden",
+            cure="give inputs= that ask for every output that will be used, or leave out the modules that it concerns",
         )
     return found

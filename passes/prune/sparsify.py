@@ -216,7 +216,7 @@ class SparseCourse(MaskCourse[SparseRule]):
         return sum(int(self.mask(w).sum()) for w in own), sum(self.weight(w).numel() for w in own)
 
     def gather(self, rule: SparseRule) -> None:
-        """snip_momentum: S <- 0.9 S + |w g| at every step until the last move."""
+        """snip_momentum: S <- 0.9 S + |w g|."""
         for weight in self.weights[rule] if rule.score == "snip_momentum" else ():
             tensor = self.weight(weight)
             if tensor.grad is not None:
@@ -290,7 +290,9 @@ def _mask_node(program: Program, weight: Sparse, x: fx.Node, before: fx.Node) ->
     if weight.pattern.kind == "block":
         for dim, n in enumerate((weight.pattern.n, weight.pattern.m)):
             mask = program.emit(aten.repeat_interleave.self_int, mask, n, dim, like=before)
-    shape = list(value_of(x).shape)
+    shape, dtype = list(value_of(x).shape), value_of(x).dtype
+    if value_of(mask).dtype != dtype:
+        mask = program.emit(aten.to.dtype, mask, dtype, like=before)
     if len(shape) > 2:
         mask = program.emit(aten.reshape.default, mask, [shape[0], *shape[2:], shape[1]], like=before)
         return program.emit(aten.movedim.int, mask, -1, 1, like=before)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ...runtime.errors import RecipeError
 from .course import PruneCourse
 from .masks import Thinning
 from .sparsify import SparseCourse
@@ -22,6 +23,25 @@ class Thinnings:
     def courses(self) -> tuple[PruneCourse | SparseCourse, ...]:
         """Those there are."""
         return tuple(course for course in (self.pruning, self.sparsity) if course is not None)
+
+    def require_apart(self) -> None:
+        """Raise RecipeError where a weight is to be cut and to get zeros: what is left would have others."""
+        if self.pruning is None or self.sparsity is None:
+            return
+        cut = self.pruning.cuts()
+        both = [weight.fqn for own in self.sparsity.weights.values() for weight in own if weight.fqn in cut]
+        if both:
+            raise RecipeError(
+                f"{len(both)} weights are to be pruned and to get zeros in one training",
+                required="rules of prune and sparsify that concern different weights",
+                found=", ".join(both[:3]) + (" ..." if len(both) > 3 else ""),
+                cure="give modules= to either",
+            )
+
+    def restart(self) -> None:
+        """From the first step, by the weights as they are now."""
+        for course in self.courses:
+            course.restart()
 
     def begin(self) -> list[Thinning]:
         """Before the first step."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Collection, Mapping
 
 from torch import nn
 
@@ -14,32 +13,23 @@ from .live import Gauge
 from .sites import find_sites
 
 
-def require_cuttable(
-    program: Program, plan: Plan, cut: Iterable[str], shape: Callable[[str], Sequence[int] | None]
-) -> None:
-    """Raise RecipeError where a weight that pruning cuts has groups of columns that will not be whole, or not the same.
+def require_cuttable(program: Program, plan: Plan, cut: Mapping[str, Collection[int]]) -> None:
+    """Raise RecipeError where scales would be others once a weight is cut than they are while it is masked.
 
-    cut: names of what is pruned; shape: what a stored tensor has in the end
+    cut: by name of what is pruned, the dimensions that lose something
     """
-    names, transposed = set(cut), {site.fqn for site in find_sites(program) if site.transposed}
+    transposed = {site.fqn for site in find_sites(program) if site.transposed}
     for edit in plan.quantizations:
-        scheme, left = edit.weight, shape(edit.fqn)
-        if edit.fqn not in names or scheme.group_size is None or left is None:
+        scheme, dims = edit.weight, cut.get(edit.fqn, ())
+        columns = [dim for dim in dims if dim != (1 if edit.fqn in transposed else 0)]
+        if not columns and scheme.granularity != "tensor":
             continue
-        if edit.learned:
+        if scheme.group_size is not None or scheme.kind in ("ternary", "binary"):
             raise RecipeError(
-                f"{edit.fqn} is pruned, and its learned scales are of groups of its columns",
-                required="a learned scale per channel or tensor",
+                f"{edit.fqn} is pruned, and its scales are of what would move or be averaged anew",
+                required="weights of one scale a channel or tensor, that goes by the largest number",
                 found=scheme.spell(),
-                cure="leave out group_size, or learned",
-            )
-        columns = left[0] if edit.fqn in transposed else math.prod(left[1:])
-        if columns % scheme.group_size:
-            raise RecipeError(
-                f"{edit.fqn} is pruned to a width that does not divide into its groups",
-                required=f"a multiple of {scheme.group_size} columns",
-                found=columns,
-                cure=f"prune with multiple: {scheme.group_size}, or choose a group_size that divides the width",
+                cure="leave out group_size, ternary and binary for what is pruned",
             )
 
 
