@@ -36,7 +36,7 @@ def importable(package: str) -> bool:
         _DECLARED.append(torch.library.Library("torchvision", "DEF"))
         for name in ("nms", "qnms"):
             _DECLARED[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision  # noqa: F401
+        import torchvision  # noqa: F401  # whether it is there
     return importlib.util.find_spec(package) is not None
 
 

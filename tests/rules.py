@@ -206,10 +206,10 @@ def without(walk: Walk, name: str) -> Iterator[None]:
     """A space that does not tie, or does not freeze."""
     space, axis = walk.space, walk.space.axis
     if name == "loose":
-        space.tie = lambda a, b: None  # type: ignore[method-assign]
+        space.tie = lambda a, b: None  # type: ignore[method-assign]  # of this one object
     if name == "unfrozen":
-        space.freeze = lambda axis, reason: None  # type: ignore[method-assign]
-        space.axis = lambda size, reason=None: axis(size)  # type: ignore[method-assign]
+        space.freeze = lambda axis, reason: None  # type: ignore[method-assign]  # as above
+        space.axis = lambda size, reason=None: axis(size)  # type: ignore[method-assign]  # as above
     try:
         yield
     finally:
