@@ -204,7 +204,7 @@ def main() -> None:
         rows[name] = results.point(configuration, lambda n=name: measure(n, ours))
         if arguments.peer:
             configuration["peer"] = f"torch-pruning {peer.version()}"
-            peers[name] = results.point(configuration, lambda n=name: peer.measure(n, theirs))
+            peers[name] = results.point(configuration, lambda n=name: peer.measure(n, theirs), peer=True)
     show(rows, peers, console)
 
 

@@ -6,8 +6,8 @@
 
 A point is one dict of plain data. It is found again by its commit, configuration and machine, and measured when
 it is not there or when all are asked for `again`. Each point is written to results/<name>.json as soon as it is
-measured, by renaming a finished file; points of other commits stay. A commit with changed sources is written
-`abc1234+<digest of the changes>`.
+measured, by renaming a finished file; points of other commits stay. The commit is the last that changed the sources,
+not one of documents or results; with changes that are not committed it is `abc1234+<digest of the changes>`.
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ class Results:
         self.file, self.again = FOLDER / f"{name}.json", again
         self.common = {"commit": commit(), "machine": machine()}
 
-    def point(self, configuration: Mapping[str, Any], measure: Callable[[], Point]) -> Point:
-        """The stored result of a configuration, or what `measure` finds now."""
+    def point(self, configuration: Mapping[str, Any], measure: Callable[[], Point], *, peer: bool = False) -> Point:
+        """The stored result of a configuration, or what `measure` finds now; of a peer one of any commit will do."""
         entry: Point = {**self.common, "configuration": json.loads(json.dumps(configuration))}
-        known = next((p for p in self._stored() if _key(p) == _key(entry)), None)
+        parts = KEY[1:] if peer else KEY
+        known = next((p for p in self._stored() if all(p[part] == entry[part] for part in parts)), None)
         if known is None or self.again:
             known = {**entry, "versions": versions(), "command": command(), "result": measure()}
             self._write(known)
@@ -55,7 +56,7 @@ class Results:
         return json.loads(self.file.read_text()) if self.file.exists() else []
 
     def _write(self, entry: Point) -> None:
-        points = [p for p in self._stored() if _key(p) != _key(entry)] + [entry]
+        points = [p for p in self._stored() if any(p[part] != entry[part] for part in KEY)] + [entry]
         FOLDER.mkdir(exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=FOLDER, suffix=".tmp", delete=False) as draft:
             draft.write(json.dumps(points, indent=1) + "\n")
@@ -63,14 +64,10 @@ class Results:
         os.replace(draft.name, self.file)
 
 
-def _key(point: Point) -> list[Any]:
-    return [point[name] for name in KEY]
-
-
 def commit() -> str:
-    """The commit of the sources, with a digest of what was changed since; "unversioned" outside git."""
-    head = _git("rev-parse", "--short", "HEAD")
-    if head is None:
+    """The last commit of the sources, with a digest of what was changed since; "unversioned" outside git."""
+    head = _git("log", "-1", "--format=%h", "--", *SOURCES)
+    if not head:
         return "unversioned"
     changes = _git("diff", "HEAD", "--", *SOURCES) or ""
     for name in (_git("ls-files", "--others", "--exclude-standard", "--", *SOURCES) or "").splitlines():

@@ -46,7 +46,7 @@ class _Follower:
 
     def facts(self) -> dict[str, float]:
         """What to log: bits on average, and what part stays of what is pruned."""
-        course, staying = self.student.course, self.student.pacer.thinning.staying()
+        course, staying = self.student.course, self.student.pacer.pruning.staying()
         bits = {BITS: round(course.average_bits(), 4)} if course.weights else {}
         total = sum(of for _, _, of in staying)
         return bits | ({KEPT: round(sum(now for _, now, _ in staying) / total, 4)} if total else {})

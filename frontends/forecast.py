@@ -10,8 +10,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from ..passes.prune.course import PruneCourse
+from ..passes.prune.pruning import Pruning
 from ..passes.prune.sparsify import SparseCourse
-from ..passes.prune.thinnings import Thinnings
 from ..passes.quantize.course import Course
 from ..passes.schedule import AT_ONCE, Held
 from ..runtime.errors import ScheduleError
@@ -117,7 +117,7 @@ def _table(title: str, *heads: str) -> Table:
     return table
 
 
-def forecast(course: Course, total_steps: int, thinning: Thinnings | None = None) -> Forecast:
+def forecast(course: Course, total_steps: int, pruning: Pruning | None = None) -> Forecast:
     """The paths of all weights, alike ones together, and the ramps of what is pruned."""
     groups: dict[tuple[Any, int, bool], list[str]] = defaultdict(list)
     for fqn, pace in course.paces.items():
@@ -138,7 +138,7 @@ def forecast(course: Course, total_steps: int, thinning: Thinnings | None = None
         )
         for (schedule, bits, done), names in groups.items()
     ]
-    courses = () if thinning is None else thinning.courses
+    courses = () if pruning is None else pruning.courses
     ramps = [_ramped(course, i, total_steps) for course in courses for i in range(len(course.rules))]
     return Forecast(total_steps, tuple(paths), tuple(ramps))
 

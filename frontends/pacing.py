@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..passes.prune.masks import Thinning
-from ..passes.prune.thinnings import Thinnings
+from ..passes.prune.pruning import Pruning
 from ..passes.quantize.adaptive import Budget, Candidate, Controller
 from ..passes.quantize.course import Course, Drop
 from ..passes.quantize.growth import growth
@@ -70,14 +70,14 @@ class Pacer:
     def __init__(
         self,
         course: Course,
-        thinning: Thinnings,
+        pruning: Pruning,
         settings: SensitivitySettings | None,
         adaptive: AdaptiveSettings | None,
     ) -> None:
-        self.course, self.thinning, self.settings = course, thinning, settings
+        self.course, self.pruning, self.settings = course, pruning, settings
         self.controller = None if adaptive is None else Controller(adaptive.budget())
         self.blocks = blocks(course, settings.blocks if settings else None)
-        self._recipe = fingerprint(course, thinning, settings, adaptive)
+        self._recipe = fingerprint(course, pruning, settings, adaptive)
         if self.controller is not None:
             self._require_reachable(self.controller.budget)
         self.sensitivity: Sensitivity | None = None
@@ -89,14 +89,14 @@ class Pacer:
     def on(self, store: Store) -> Pacer:
         """The same state, to go on by itself on a copy of the course's store; nobody watches it yet."""
         known: dict[int, Any] = {id(self.course): self.course.on(store), id(self.watchers): []}
-        known |= {id(course): course.on(store) for course in self.thinning.courses}
+        known |= {id(course): course.on(store) for course in self.pruning.courses}
         return copy.deepcopy(self, known)
 
     @property
     def remembers(self) -> bool:
         """Whether a resumed run needs more than tensors: a schedule, or random numbers that go by the step."""
         paces = self.course.paces.values()
-        if self.thinning.courses:
+        if self.pruning.courses:
             return True
         moves = any(pace.weight != AT_ONCE or pace.activation != AT_ONCE for pace in paces)
         return moves or any(scheme.rounding == "stochastic" for scheme in self.course.targets.values())
@@ -110,7 +110,7 @@ class Pacer:
         drops = self.course.advance(self.factors())
         if self.controller is not None:
             drops += self._steer(self.controller, loss)
-        changes: list[Change] = [*drops, *self.thinning.advance()]
+        changes: list[Change] = [*drops, *self.pruning.advance()]
         self.history.record(self.course.step, loss, self.course.average_bits(), changes)
         for watcher in self.watchers:
             watcher(changes)
@@ -221,8 +221,8 @@ class Pacer:
         return self._nbytes({fqn: self.course.scheme(fqn) for fqn in self.course.weights})
 
     def _nbytes(self, schemes: Mapping[str, Scheme | None]) -> int:
-        count, persistent, pruning = 0, self.course.store.state_dict(keep_vars=True), self.thinning.pruning
-        kept, own = {} if pruning is None else pruning.kept(), self.thinning.names()
+        count, persistent, pruning = 0, self.course.store.state_dict(keep_vars=True), self.pruning.structured
+        kept, own = {} if pruning is None else pruning.kept(), self.pruning.names()
         for name, tensor in persistent.items():
             if name in own:
                 continue
@@ -251,7 +251,7 @@ class Pacer:
     def require_end(self) -> None:
         """Raise ScheduleError where a schedule is not over."""
         self.course.require_settled("train on, shorten the schedule, or finish(early=True) with the bits as they are")
-        self.thinning.require_settled()
+        self.pruning.require_settled()
         self.require_budget()
 
     def require_budget(self) -> None:
@@ -282,7 +282,7 @@ class Pacer:
         return {
             "steps": self.course.step,
             "bits": [self.history.start, self.course.average_bits()],
-            "kept": [list(row) for row in self.thinning.staying()],
+            "kept": [list(row) for row in self.pruning.staying()],
             "curve": [list(point) for point in self.history.curve],
             "changes": [list(change) for change in self.history.changes],
             "curvature": curvature,
@@ -318,7 +318,7 @@ class Pacer:
         return {
             "recipe": self._recipe,
             "course": self.course.to_json(),
-            "thinning": self.thinning.to_json(),
+            "pruning": self.pruning.to_json(),
             "controller": None if self.controller is None else self.controller.to_json(),
             "sensitivity": None if found is None else {"found": found, "spent": asdict(self.spent)},
             "measured_at": self.measured_at,
@@ -327,8 +327,8 @@ class Pacer:
 
     def load_json(self, data: Mapping[str, Any]) -> None:
         """Inverse of `to_json`. Raises ScheduleError where it is another model's or recipe's."""
-        parts = ("recipe", "course", "thinning", "controller", "sensitivity", "measured_at", "history")
-        recipe, course, thinning, controller, measured, measured_at, history = (data[part] for part in parts)
+        parts = ("recipe", "course", "pruning", "controller", "sensitivity", "measured_at", "history")
+        recipe, course, pruning, controller, measured, measured_at, history = (data[part] for part in parts)
         self.course.require_same(course)
         if recipe != self._recipe:
             raise ScheduleError(
@@ -338,7 +338,7 @@ class Pacer:
                 cure="prepare the model with the recipe of that run",
             )
         self.course.load_json(course)
-        self.thinning.load_json(thinning)
+        self.pruning.load_json(pruning)
         if self.controller is not None:
             self.controller.load_json(controller)
         self.sensitivity = None if measured is None else Sensitivity.from_json(measured["found"])
@@ -347,9 +347,9 @@ class Pacer:
         self.history.load_json(history)
 
 
-def fingerprint(course: Course, thinning: Thinnings, *settings: SensitivitySettings | AdaptiveSettings | None) -> str:
+def fingerprint(course: Course, pruning: Pruning, *settings: SensitivitySettings | AdaptiveSettings | None) -> str:
     """Of everything in a recipe that steers: two runs with one fingerprint may take up each other's state."""
-    rules = [course.rules for course in thinning.courses]
+    rules = [course.rules for course in pruning.courses]
     paces = sorted(course.paces.items(), key=lambda pace: pace[0])
     steering = repr((course.edits, paces, course.seed, rules, settings))
     return hashlib.sha256(steering.encode()).hexdigest()[:16]

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from ..passes.pipeline import Job
+from ..passes.prune.pruning import Pruning
 from ..passes.prune.sparsify import zero
-from ..passes.prune.thinnings import Thinnings
 from ..passes.quantize.course import Course
 from ..passes.quantize.cuts import require_cuttable
 from ..runtime.contract import Signature
@@ -73,11 +73,12 @@ def prepare(
     require_effect(job.rules, job.plan, first.log)
     plan = job.plan or Plan()
     course = job.course or Course(store, plan.quantizations, {}, recipe.seed)
-    thinning = Thinnings(job.pruning, job.sparsity)
+    pruning = Pruning(job.pruning, job.sparsity)
     if job.pruning is not None:
         require_cuttable(job.reference or program, plan, job.pruning.cuts())
-    thinning.require_apart()
-    thinning.begin()
+    pruning.require_apart()
+    pruning.require_reached(program, tensors)
+    pruning.begin()
 
     def recapture(student: Student, training: bool, call: Mapping[str, Any], cuts: Plan | None) -> Program:
         own = student.store if cuts is None else student.store.fork()
@@ -86,10 +87,10 @@ def prepare(
             plan=plan if cuts is None else cuts, target=own, trains=True, course=student.course, momentum=momentum
         )
         if cuts is None:
-            again.pruning, again.sparsity = student.pacer.thinning.pruning, student.pacer.thinning.sparsity
+            again.pruning, again.sparsity = student.pacer.pruning.structured, student.pacer.pruning.sparse
             return prepared(fresh, None, again).program
-        if student.pacer.thinning.sparsity is not None:
-            zero(own, {weight.fqn: mask for weight, mask in student.pacer.thinning.sparsity.masks().items()})
+        if student.pacer.pruning.sparse is not None:
+            zero(own, {weight.fqn: mask for weight, mask in student.pacer.pruning.sparse.masks().items()})
         again.inputs = proof_inputs(fresh, verification_inputs(fresh, signature, call))
         return prepared(fresh, None, again).program
 
@@ -100,7 +101,7 @@ def prepare(
     student = Student.named(model, "Student")(store, plan, signature, grow=grow, attributes=forwarded(model))
     student.recipe, student.example, student._recapture = recipe, arguments, recapture
     student._teacher = () if teacher is None else (teacher,)
-    student.pacer = Pacer(course, thinning, recipe.sensitivity, recipe.adaptive())
+    student.pacer = Pacer(course, pruning, recipe.sensitivity, recipe.adaptive())
     student.add(program)
     if total_steps is not None:
         student.forecast(total_steps).require_end()

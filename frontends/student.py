@@ -24,7 +24,7 @@ from ..passes.quantize.live import gauges, load_ranges, require_seen
 from ..passes.verify import difference
 from ..runtime.compressed import Compressed
 from ..runtime.contract import Key
-from ..runtime.errors import ScheduleError
+from ..runtime.errors import DwindleError, ScheduleError
 from ..runtime.model import GraphModel, flat_outputs
 from ..runtime.own_state import own_state
 from ..runtime.plan import Plan
@@ -79,6 +79,19 @@ class Student(Recomputing):
         other.pacer, other._teacher = self.pacer.on(other.store), self._teacher
         other.register_load_state_dict_post_hook(_begin_anew)  # type: ignore[no-untyped-call]  # as above
         return other
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move to a device; another dtype is refused: graphs are captured with those of the model that was given."""
+        for dtype in {t.dtype for t in self.parameters() if t.is_floating_point()}:
+            found = fn(torch.empty(0, dtype=dtype)).dtype
+            if found != dtype:
+                raise DwindleError(
+                    "a student keeps the dtype of the model that it was made of",
+                    required=dtype,
+                    found=f"a conversion to {found}",
+                    cure="convert the model before prepare(), or train under torch.autocast",
+                )
+        return cast(Self, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
     @property
     def course(self) -> Course:
@@ -170,7 +183,7 @@ class Student(Recomputing):
 
     def forecast(self, total_steps: int) -> Forecast:
         """At which step each weight gets which bits and what is cut, and what is not over after `total_steps`."""
-        return forecast(self.course, total_steps, self.pacer.thinning)
+        return forecast(self.course, total_steps, self.pacer.pruning)
 
     def watch(self, total_steps: int | None = None, *, quiet: bool = False) -> Watch:
         """`with student.watch(344): ...` shows bits, loss and the next drop as the loop goes, and prints each drop.
@@ -228,9 +241,10 @@ class Student(Recomputing):
         if not early:
             self.pacer.require_end()
         self.course.require_shown()
+        self.pacer.pruning.require_learned()
         plan, trained = self._plan(), self._eval_variant()
         tensors = verification_inputs(trained, self.signature, self.example)
-        cuts = plan if self.pacer.thinning.courses else None
+        cuts = plan if self.pacer.pruning.courses else None
         simulated = trained if cuts is None else self._recapture(self, False, self.example, cuts)
         job = Job(plan=plan, target=Store(), trains=True)
         driver = Driver(simulated.copy(), tensors)
@@ -272,13 +286,13 @@ class Student(Recomputing):
 
     def _plan(self) -> Plan:
         """The edits at this moment; cuts come first."""
-        pruning, sparsity = self.pacer.thinning.pruning, self.pacer.thinning.sparsity
+        pruning, sparsity = self.pacer.pruning.structured, self.pacer.pruning.sparse
         slices = [] if pruning is None else pruning.slices()
         return Plan((*slices, *(() if sparsity is None else edits(sparsity.masks(), slices)), *self.course.plan()))
 
     def _own_names(self) -> set[str]:
         """What training keeps in the store besides the model's own tensors."""
-        return gauges(self.plan, self.store) | self.pacer.thinning.names()
+        return gauges(self.plan, self.store) | self.pacer.pruning.names()
 
     def _eval_variant(self) -> Program:
         return next(p for p in self.variants.values() if not p.contract.training)
@@ -289,4 +303,4 @@ def _begin_anew(student: nn.Module, _: object) -> None:
     assert isinstance(student, Student)
     if student._anew:
         student._anew = False
-        student.pacer.thinning.restart()
+        student.pacer.pruning.restart()

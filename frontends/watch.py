@@ -53,7 +53,7 @@ class Watch:
         live: bool | None = None,
         console: Console | None = None,
     ) -> None:
-        self.pacer, self.quiet = pacer, quiet or not (pacer.course.weights or pacer.thinning.courses)
+        self.pacer, self.quiet = pacer, quiet or not (pacer.course.weights or pacer.pruning.courses)
         self.total = total_steps if total_steps is not None and total_steps > 0 else None
         self.console = console or Console(file=sys.stderr)
         self._live: Live | None = None
@@ -80,7 +80,7 @@ class Watch:
     def _look_ahead(self) -> None:
         if self.total is None:
             return
-        ahead = forecast(self.pacer.course, self.total, self.pacer.thinning)
+        ahead = forecast(self.pacer.course, self.total, self.pacer.pruning)
         if (ahead.paths or ahead.ramps) and not self.quiet:
             self.console.print(ahead)
         if ahead.late:
@@ -128,7 +128,7 @@ class Watch:
         course, loss = self.pacer.course, self.pacer.history.loss()
         facts = [f"step {course.step}" + (f" of {self.total}" if self.total else "")]
         facts += [f"{course.average_bits():.4g} bits on average"] if course.weights else []
-        facts += [f"{now:,} of {all_:,} {what} stay" for what, now, all_ in self.pacer.thinning.staying()]
+        facts += [f"{now:,} of {all_:,} {what} stay" for what, now, all_ in self.pacer.pruning.staying()]
         facts += [size(self._bytes)]
         facts += [] if loss is None else [f"loss {loss:.4g}"]
         found = self.pacer.sensitivity

@@ -72,7 +72,7 @@ def test_trainer_resumes_from_its_own_checkpoint(recipe: dict[str, Any], tmp_pat
         found.append(student)
     whole, resumed = found
     assert resumed.course.to_json() == whole.course.to_json()
-    assert resumed.pacer.thinning.to_json() == whole.pacer.thinning.to_json()
+    assert resumed.pacer.pruning.to_json() == whole.pacer.pruning.to_json()
     assert trainer.state.log_history[-2].get("kept") == (0.5 if "prune" in recipe else None)
     for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b), name

@@ -53,6 +53,14 @@ def zeroed(model: nn.Module, small: Compressed) -> nn.Module:
     return model
 
 
+@pytest.mark.parametrize("rule", [{"ratio": 0.01}, {"ratio": 0.5, "multiple": 16}], ids=str)
+def test_a_ratio_of_less_than_an_index_is_refused(rule: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="cuts nothing"):
+        pruned(plain(6, 16, 4), X, **rule)
+    with pytest.raises(RecipeError, match="cuts nothing"):
+        dwindle.prepare(plain(6, 16, 4), {"prune": rule}, inputs=X)
+
+
 @pytest.mark.parametrize("name", ["mlp", "bert", "resnet"])
 def test_a_ratio_of_zero_is_the_model(name: str) -> None:
     model, inputs = ZOO[name]()
@@ -99,7 +107,8 @@ def test_groups_of_two_and_of_one() -> None:
     torch.testing.assert_close(called(small, X), called(zeroed(model, small), X))
     with pytest.raises(RecipeError, match="finds nothing to prune"):
         pruned(plain(6, 1, 3), X, ratio=0.5)
-    assert not pruned(plain(6, 2, 3), X, ratio=0.4).plan  # never more than was asked for
+    with pytest.raises(RecipeError, match="cuts nothing"):  # never more than was asked for
+        pruned(plain(6, 2, 3), X, ratio=0.4)
 
 
 def test_all_heads_but_one_may_go() -> None:
@@ -165,8 +174,9 @@ def test_a_rule_that_later_ones_leave_nothing_says_so() -> None:
 
 @pytest.mark.parametrize(("multiple", "stay"), [(4, 8), (16, 10), (1, 5)])
 def test_a_multiple_wider_than_the_layer_leaves_it(multiple: int, stay: int) -> None:
-    small = pruned(plain(6, 10, 3), X, ratio=0.5, multiple=multiple)
+    small = pruned(plain(6, 10, 32, 3), X, ratio=0.5, multiple=multiple)
     assert widths(small).get(("0.weight", 0), 10) == stay
+    assert widths(small)["2.weight", 0] == 16
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import dwindle
 from dwindle.frontends.student import Student
 from dwindle.passes.prune.masks import Thinning
-from dwindle.runtime.errors import RecipeError, ScheduleError
+from dwindle.runtime.errors import DwindleError, RecipeError, ScheduleError
 
 RAMP = {"length": 6, "every": 2, "offset": 1}
 STEPS = 7
@@ -65,7 +65,7 @@ def train(student: Student, first: int = 0, last: int = STEPS, x: Tensor | None 
 
 
 def widths(student: Student) -> list[int]:
-    pruning = student.pacer.thinning.pruning
+    pruning = student.pacer.pruning.structured
     assert pruning is not None
     return [int(gate.kept(student.store).sum()) for gate in pruning.gates.values()]
 
@@ -114,7 +114,7 @@ def test_masked_channels_do_not_widen_scales() -> None:
             block.up.bias[5] = 1e4  # and what comes in there would take all of a token's range
     rule = {"scopes": "rows", "ratio": 0.1, "schedule": {}, "score": "random"}
     student = prepared(rule, model, quantize=W8A8)
-    pruning = student.pacer.thinning.pruning
+    pruning = student.pacer.pruning.structured
     assert pruning is not None
     for gate in pruning.gates.values():
         mask = torch.ones(gate.size)
@@ -178,7 +178,7 @@ def test_a_state_of_the_model_alone_is_chosen_from_anew() -> None:
         for block in model.blocks:
             block.up.weight[:64] *= 3  # which were not the largest
     student.load_state_dict(model.state_dict())
-    pruning = student.pacer.thinning.pruning
+    pruning = student.pacer.pruning.structured
     assert pruning is not None
     assert all(bool(mask[:64].all()) for mask in pruning.kept().values())
 
@@ -248,10 +248,38 @@ def test_experts_are_learned_through_what_counts_them() -> None:
     torch.testing.assert_close(small(**inputs)[0], student(**inputs)[0], rtol=1e-4, atol=1e-5)
 
 
-def test_gradient_scores_want_gradients() -> None:
+def test_a_choice_without_weights_cannot_be_learned() -> None:
+    rule = {"scopes": "experts", "ratio": 0.5, "score": "movement"}
+    with pytest.raises(RecipeError, match=r"(?s)no gradient.*router"):
+        dwindle.prepare(mixture("granitemoe"), {"prune": rule}, inputs=tokens())
+
+
+def test_a_step_without_the_gradients_it_wants_is_not_counted() -> None:
     student = prepared({"score": "taylor", "schedule": {"offset": 1}})
+    whole = widths(student)
     with pytest.raises(ScheduleError, match="goes by gradients"):
         student.step()
+    with pytest.raises(ScheduleError, match="not at the end of its schedule"):
+        student.finish()
+    train(student, last=1)
+    assert widths(student) == [n // 2 for n in whole]
+
+
+def test_scores_that_learned_nothing_choose_nothing() -> None:
+    student = prepared({"score": "movement", "schedule": {"offset": 1}})
+    student.step()
+    with pytest.raises(ScheduleError, match="learned nothing"):
+        student.finish()
+    student = dwindle.prepare(Transformer(), {"sparsify": {"ratio": 0.5, "score": "movement"}}, inputs=example())
+    with pytest.raises(ScheduleError, match="learned nothing"):
+        student.finish()
+
+
+def test_a_student_keeps_its_dtype() -> None:
+    student = prepared({})
+    with pytest.raises(DwindleError, match="keeps the dtype"):
+        student.to(torch.bfloat16)
+    assert {p.dtype for p in student.to("cpu").float().parameters()} == {torch.float32}
 
 
 def test_a_watch_and_a_report_tell_what_was_cut(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ...passes.prune.thinnings import Thinnings
+from ...passes.prune.pruning import Pruning
 from ...passes.quantize.course import Course
 from ...passes.quantize.decide import decided
 from ...passes.quantize.twins import Simulation, Twin, become_twin, read_modules, twins_of
@@ -64,7 +64,7 @@ class InPlace:
 
     def __init__(self, model: nn.Module, recipe: Recipe, twins: Mapping[str, Sequence[Twin]], course: Course) -> None:
         self.recipe, self.twins, self.store = recipe, {fqn: tuple(t) for fqn, t in twins.items()}, course.store
-        self.pacer = Pacer(course, Thinnings(), recipe.sensitivity, recipe.adaptive())
+        self.pacer = Pacer(course, Pruning(), recipe.sensitivity, recipe.adaptive())
         self.drops: list[Change] = []
         self._last: tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None = None
         self._loss: Tensor | None = None

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from ...runtime.errors import RecipeError
+from ...runtime.ops.keep_top import largest
 from ...runtime.report import block_of
 from .axes import Atom
 from .groups import Group, kept_count
 from .keep import Kept
-from .score import lowest, relative
+from .score import relative
 
 Scores = Mapping[Atom, Tensor]
 Cost = Callable[[Kept], float]
@@ -42,7 +43,7 @@ def local(groups: Sequence[Group], scores: Scores, ratio: Ratio, multiple: int =
     kept = {}
     for group, share in zip(groups, ratios(groups, ratio), strict=True):
         stay = max(group.floor, kept_count(group.size, share, _grid(group, multiple)))
-        kept[group.leaf] = lowest(scores[group.leaf], stay)
+        kept[group.leaf] = largest(scores[group.leaf], stay)
     return {leaf: mask for leaf, mask in kept.items() if not bool(mask.all())}
 
 
@@ -73,7 +74,7 @@ def by_threshold(groups: Sequence[Group], scores: Scores, threshold: float, mult
         least = max(group.floor, kept_count(group.size, MOST))
         above = max(least, int((own >= threshold).sum()))
         step = _grid(group, multiple)
-        mask = lowest(own, min(group.size, -(-above // step) * step))
+        mask = largest(own, min(group.size, -(-above // step) * step))
         if not bool(mask.all()):
             kept[group.leaf] = mask
     return kept

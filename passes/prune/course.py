@@ -11,10 +11,10 @@ from ...runtime.plan import Slice
 from ...runtime.store import Store
 from .axes import Atom
 from .decide import PruneRule, choose
-from .gates import PARTS, Gate
+from .gates import Gate
 from .groups import Group
 from .keep import Kept, count
-from .masks import MaskCourse, no_gradients
+from .masks import PARTS, MaskCourse, no_gradients
 from .score import NOTHING, WITH_GRADIENT, Evidence, score
 from .slices import slices_of
 from .walk import Walk
@@ -78,7 +78,7 @@ class PruneCourse(MaskCourse[PruneRule]):
 
     def _scores(self, rule: PruneRule, groups: Sequence[Group]) -> dict[Atom, Tensor]:
         if rule.score == "movement":
-            return {g.leaf: self.gates[g.leaf].scores(self.store) for g in groups}
+            return {g.leaf: self.gates[g.leaf].learnt(self.store)[1].detach().double().cpu() for g in groups}
         if rule.score not in WITH_GRADIENT:
             return {g.leaf: score(self.walk, g, rule.score, self.evidence, rule.seed) for g in groups}
         found = {}
@@ -120,10 +120,9 @@ class PruneCourse(MaskCourse[PruneRule]):
         """All names under which training may keep tensors for this."""
         return {gate(part) for gate in self.gates.values() for part in PARTS}
 
-    def stays(self) -> dict[str, Tensor]:
-        """The counts that learned masks go by, in the store, by name."""
-        learned = [gate("stay") for gate in self.gates.values() if gate.learned]
-        return {name: value for name in learned if isinstance(value := self.store.get(name), Tensor)}
+    def learned(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """What learned masks go by, in the store, by the name of the count: (how many stay, scores (n,))."""
+        return {gate("stay"): gate.learnt(self.store) for gate in self.gates.values() if gate.learned}
 
     def on(self, store: Store) -> PruneCourse:
         """The same course, to go on by itself on a copy of this one's store."""

@@ -7,20 +7,23 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from ...runtime.errors import PassError, RecipeError
+from ...runtime.ops.keep_top import largest
 from ...runtime.program import Entry
 from ..schedule import AT_A_STROKE, Ramp
+from ..selection import selected_by
 from . import cost
 from .axes import Atom
 from .choose import Cost, Ratio, Scores, at_part, local, to_target
 from .groups import KINDS, Group, Kind, find_groups
 from .keep import Kept
 from .latency import latency
-from .named import LISTING, Names, Side, named, require_expected, require_names, require_one
+from .named import LISTING, Names, Side, require_expected, require_names, require_one
 from .proof import LIMIT, proven
-from .score import NOTHING, Evidence, Method, lowest, score
+from .score import NOTHING, Evidence, Method, score
 from .walk import Walk
 
 STAGE = "prune"
@@ -74,9 +77,7 @@ class PruneRule:
 
     def selects(self, group: Group, names: Names) -> bool:
         """Whether a group is meant: every rule takes a group whole."""
-        return self.takes(group) and any(
-            named(path, self.modules, self.patterns) for path in names.of(group, self.side)
-        )
+        return self.takes(group) and selected_by(names.of(group, self.side), self.modules, self.patterns)
 
 
 def selected(walk: Walk, rules: Sequence[PruneRule]) -> dict[PruneRule, list[Group]]:
@@ -99,7 +100,24 @@ def selected(walk: Walk, rules: Sequence[PruneRule]) -> dict[PruneRule, list[Gro
         if not taken[rule]:
             raise _nothing(rule, groups, names)
         require_expected(names, rule, meant[rule])
+        _require_cuts(rule, taken[rule])
     return taken
+
+
+def _require_cuts(rule: PruneRule, groups: Sequence[Group]) -> None:
+    """Raise RecipeError for a ratio above 0 of which whole indices are none, anywhere."""
+    if not rule.whole or rule.target is not None or rule.budget == "network":
+        return
+    alike = {g.leaf: torch.ones(g.size) for g in groups}
+    if not local(groups, alike, rule.ratio, rule.multiple):
+        grid = f" in widths that are multiples of {rule.multiple}" if rule.multiple > 1 else ""
+        sizes = ", ".join(f"{g.size} {g.kind}" for g in groups[:3]) + (", ..." if len(groups) > 3 else "")
+        raise RecipeError(
+            "a pruning rule cuts nothing",
+            required=f"a ratio that is at least one index of a group{grid}",
+            found=f"ratio {rule.ratio} of groups of {sizes}",
+            cure="raise the ratio, lower multiple, or leave the rule out",
+        )
 
 
 def choose(
@@ -217,7 +235,7 @@ def provable(
     """
     taken = selected(walk, rules)
     trial = {
-        group.leaf: lowest(score(walk, group, "random"), max(group.floor, group.size // 2))
+        group.leaf: largest(score(walk, group, "random"), max(group.floor, group.size // 2))
         for groups in taken.values()
         for group in groups
     }

@@ -27,8 +27,6 @@ from .walk import Walk
 
 aten = torch.ops.aten
 
-PARTS = ("mask", "score", "stay", "worth")
-
 
 @dataclass(frozen=True)
 class Gate:
@@ -95,13 +93,13 @@ class Gate:
         """bool (n,): what stays now."""
         if not self.learned:
             return self._tensor(store, "mask").detach().cpu() > 0.5
-        score, stay = self._tensor(store, "score").detach(), self._tensor(store, "stay")
-        kept: Tensor = KEEP_TOP(score, stay).cpu() > 0.5
+        stay, score = self.learnt(store)
+        kept: Tensor = KEEP_TOP(score.detach(), stay).cpu() > 0.5
         return kept
 
-    def scores(self, store: Store) -> Tensor:
-        """fp64 (n,): learned scores as they are now."""
-        return self._tensor(store, "score").detach().double().cpu()
+    def learnt(self, store: Store) -> tuple[Tensor, Tensor]:
+        """(how many stay, scores (n,)) as they are now, of a mask that is learned."""
+        return self._tensor(store, "stay"), self._tensor(store, "score")
 
     @torch.no_grad()
     def set(self, store: Store, mask: Tensor) -> None:

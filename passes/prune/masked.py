@@ -3,7 +3,8 @@
 At every ending of an axis one operand is multiplied by the axis' mask, and what takes a statistic over the axis takes
 it from the indices that are kept:
 
-    mean         mean(x m) n / sum(m)                      softmax      of x where m, else -inf; so the largest, too
+    mean         mean(x m) n / sum(m)                      softmax      m softmax(x where m, else -inf)
+    largest      of x where m, else -inf
     layer norm   (x - mu) / sqrt(v + e) w + b              mu = sum(x m) / K,  v = sum((x - mu)^2 m) / K,  K = sum(m)
 
 Masks of axes are made in the graph from those of leaves, so that what trains a leaf's mask trains them all.
@@ -38,7 +39,7 @@ class Masks:
         self.program, self.of, self.leaf = program, of, leaf
         self.anchor = next(n for n in program.graph.nodes if n.op != "placeholder")
         self._made: dict[Axis, fx.Node] = {}
-        self._shaped: dict[tuple[fx.Node, int, int, torch.dtype], fx.Node] = {}
+        self._shaped: dict[tuple[fx.Node, int, torch.dtype], fx.Node] = {}
 
     def axis(self, axis: Axis) -> fx.Node:
         """(n,): the mask of an axis."""
@@ -75,7 +76,7 @@ class Masks:
     def beside(self, axis: Axis, x: fx.Node, dim: int) -> fx.Node:
         """The mask of an axis as it multiplies dimension `dim` (negative) of x, in x's dtype."""
         mask, dtype = self.axis(axis), value_of(x).dtype
-        key = (mask, dim, 0, dtype)
+        key = (mask, dim, dtype)
         if key not in self._shaped:
             before = self.anchor
             shaped = self.program.emit(aten.reshape.default, mask, [-1] + [1] * (-dim - 1), like=before)
@@ -155,6 +156,15 @@ def _counted(masks: Masks, axis: Axis, dtype: torch.dtype) -> fx.Node:
 
 
 def _softmax(masks: Masks, node: fx.Node, endings: Endings, products: Products) -> None:
+    _largest(masks, node, endings, products)
+    # 0 is 0 already: this is for the gradient, which no choice of -inf gives to a mask that is learned.
+    (ending, axis), readers = endings[0], list(node.users)
+    product = masks.program.emit(aten.mul.Tensor, node, masks.beside(axis, node, ending.dim), like=node.next)
+    for user in readers:
+        user.replace_input_with(node, product)
+
+
+def _largest(masks: Masks, node: fx.Node, endings: Endings, products: Products) -> None:
     (ending, axis), x = endings[0], operand(endings[0][0])
     mask = masks.program.emit(aten.ne.Scalar, masks.beside(axis, x, ending.dim), 0, like=node)
     node.update_arg(0, masks.program.emit(aten.where.ScalarOther, mask, x, -math.inf, like=node))
@@ -246,7 +256,7 @@ FORMS: dict[str, Callable[[Masks, fx.Node, Endings, Products], None]] = {
     "zero": _zero,
     "mean": _mean,
     "softmax": _softmax,
-    "largest": _softmax,
+    "largest": _largest,
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
     "group_norm": _group_norm,

@@ -37,6 +37,9 @@ class Ramped(Protocol):
 
 R = TypeVar("R", bound=Ramped)
 
+# What training may keep beside what is pruned: a mask; or learned scores and how many stay; worth, gathered over steps.
+PARTS = ("mask", "score", "stay", "worth")
+
 
 @dataclass(frozen=True)
 class Thinning:
@@ -87,8 +90,8 @@ class MaskCourse(ABC, Generic[R]):
         """All names under which training may keep tensors for this."""
 
     @abstractmethod
-    def stays(self) -> dict[str, Tensor]:
-        """The counts that learned masks go by, in the store, by name."""
+    def learned(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """What learned masks go by, in the store, by the name of the count: (how many stay, scores (..., n))."""
 
     def begin(self) -> list[Thinning]:
         """Before the first step: ramps without an offset move."""
@@ -107,13 +110,20 @@ class MaskCourse(ABC, Generic[R]):
         self.begin()
 
     def advance(self) -> list[Thinning]:
-        """One optimizer step is done. Raises ScheduleError where a score wants gradients and there are none."""
+        """One optimizer step is done. Raises ScheduleError where a score wants gradients and there are none.
+
+        A step that fails is not counted: the next one makes its moves.
+        """
         self.step += 1
         for rule in self.rules:
             ahead = rule.ramp.until_move(self.step)
             if ahead is not None and (self.WINDOW is None or ahead < self.WINDOW):
                 self.gather(rule)
-        return self._move()
+        try:
+            return self._move()
+        except ScheduleError:
+            self.step -= 1
+            raise
 
     def _move(self) -> list[Thinning]:
         found = []
@@ -150,6 +160,17 @@ class MaskCourse(ABC, Generic[R]):
                 cure="train on, shorten the schedule, or finish(early=True) with what is cut now",
             )
 
+    def require_learned(self) -> None:
+        """Raise ScheduleError where scores are all alike, so that the first indices would stay whatever they are."""
+        for name, (stay, scores) in self.learned().items():
+            if int(stay) < scores.shape[-1] and bool(scores.min() == scores.max()):
+                raise ScheduleError(
+                    "what stays goes by scores that have learned nothing",
+                    required="training steps in which the loss has a gradient by every mask",
+                    found=f"{name.replace('_stay', '_score')}: {scores.numel()} equal numbers",
+                    cure="train before finish(), with the student's parameters in the optimizer; or choose score l2",
+                )
+
     def on(self, store: Store) -> Self:
         """The same course, to go on by itself on a copy of this one's store."""
         other = copy.copy(self)
@@ -161,7 +182,7 @@ class MaskCourse(ABC, Generic[R]):
         return {
             "step": self.step,
             "names": sorted(self.names()),
-            "stay": {name: int(count) for name, count in self.stays().items()},
+            "stay": {name: int(count) for name, (count, _) in self.learned().items()},
         }
 
     def load_json(self, data: Mapping[str, Any]) -> None:
@@ -174,7 +195,7 @@ class MaskCourse(ABC, Generic[R]):
                 cure="prepare the model with the recipe of the run that is resumed",
             )
         self.step = data["step"]
-        for name, count in self.stays().items():
+        for name, (count, _) in self.learned().items():
             count.fill_(data["stay"][name])
 
 

@@ -13,7 +13,6 @@ and used for nothing else.
 from __future__ import annotations
 
 import difflib
-import fnmatch
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch import fx
 
 from ...runtime.errors import RecipeError
 from ..quantize.decide import names_of, require_free
+from ..selection import selected_by
 from .groups import Group
 from .walk import Walk
 
@@ -45,11 +45,6 @@ _PRODUCTS = {
     aten.conv2d.default: (1, 0, 1),
     aten.conv3d.default: (1, 0, 1),
 }
-
-
-def named(path: str, globs: Sequence[str], patterns: Sequence[str]) -> bool:
-    """Whether globs over a module's path, or regular expressions searched for in it, choose the module."""
-    return any(fnmatch.fnmatchcase(path, glob) for glob in globs) or any(re.search(p, path) for p in patterns)
 
 
 @dataclass(frozen=True)
@@ -120,7 +115,7 @@ def require_names(names: Names, rules: Sequence[PruneRule], groups: Sequence[Gro
                     require_free(chosen, rule.section, path, pattern)
                     chosen[rule.section, path] = pattern
         for path in known if rule.side != "any" else ():
-            if named(path, rule.modules, rule.patterns):
+            if selected_by([path], rule.modules, rule.patterns):
                 _require_group(names, rule, path, groups)
 
 

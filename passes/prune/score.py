@@ -3,6 +3,8 @@
     l1           sum |w|
     l2           sqrt(sum w^2)
     taylor       |sum w g|, what the loss would change by to first order (Molchanov et al. 2019, arXiv 1906.10771)
+                 over calibration data g is the mean gradient; in training the scores of all steps are summed, so that
+                 what pulls one way in one step and back in the next still counts
     fisher       sum (w g)^2, the diagonal of the empirical Fisher matrix in place of the Hessian (Theis et al. 2018)
     scale        |gamma| of the norms in the group alone (Liu et al. 2017, arXiv 1708.06519)
     random       by a seed
@@ -158,13 +160,6 @@ def folded(axis: Axis, values: Tensor, leaf: Atom) -> Tensor:
             for part, piece in zip(atom.parts, torch.split(own, [size(p) for p in atom.parts]), strict=True):
                 total = total + folded(part, piece, leaf)
     return total
-
-
-def lowest(scores: Tensor, stay: int) -> Tensor:
-    """bool (n,): the `stay` indices with the largest scores; among equal ones the first."""
-    kept = torch.zeros(len(scores), dtype=torch.bool)
-    kept[scores.argsort(descending=True, stable=True)[:stay]] = True
-    return kept
 
 
 def relative(scores: Sequence[Tensor]) -> list[Tensor]:

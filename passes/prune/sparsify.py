@@ -6,7 +6,6 @@ W  ->  W spread(keep_top(s, k))      learned scores s; the course lowers k
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ from ...runtime.program import Entry, Program, value_of
 from ...runtime.store import Store
 from ..quantize.sites import MASKED, find_sites
 from ..schedule import AT_A_STROKE, Ramp
-from .masks import MaskCourse, no_gradients
+from ..selection import selected_by
+from .masks import PARTS, MaskCourse, no_gradients
 from .sparse import MOMENTUM, UNSTRUCTURED, Pattern, SparseScore, as_matrix, as_weight, each, together
 
 aten = torch.ops.aten
@@ -57,8 +57,7 @@ class SparseRule:
         """Whether the weight of a module is meant."""
         if operator not in self.operators or any(re.search(pattern, name) for pattern in self.exclude):
             return False
-        globbed = any(fnmatch.fnmatchcase(name, glob) for glob in self.modules)
-        return globbed or any(re.search(pattern, name) for pattern in self.patterns)
+        return selected_by([name], self.modules, self.patterns)
 
 
 @dataclass(frozen=True)
@@ -228,7 +227,7 @@ class SparseCourse(MaskCourse[SparseRule]):
         own = self.weights[rule]
         if rule.score == "movement":
             for weight in own:
-                stay, score = self._tensor(weight("stay")), self._tensor(weight("score"))
+                stay, score = self._learnt(weight)
                 stay.fill_(weight.pattern.stay(score.shape[-1], rule.ratio * part))
             return
         units = [self._units(rule, weight) for weight in own]
@@ -244,9 +243,9 @@ class SparseCourse(MaskCourse[SparseRule]):
         """bool, in the weight's shape: what stays now."""
         if not weight.learned:
             return self._tensor(weight("mask"))
-        score, stay = self._tensor(weight("score")).detach(), self._tensor(weight("stay"))
+        stay, score = self._learnt(weight)
         tensor = self.weight(weight)
-        return weight.mask((KEEP_TOP(score, stay) > 0.5).reshape(weight.units(tensor).shape), tensor)
+        return weight.mask((KEEP_TOP(score.detach(), stay) > 0.5).reshape(weight.units(tensor).shape), tensor)
 
     def masks(self) -> dict[Sparse, Tensor]:
         """Of all weights."""
@@ -254,13 +253,15 @@ class SparseCourse(MaskCourse[SparseRule]):
 
     def names(self) -> set[str]:
         """All names under which training may keep tensors for this."""
-        parts = ("mask", "score", "stay", "worth")
-        return {weight(part) for own in self.weights.values() for weight in own for part in parts}
+        return {weight(part) for own in self.weights.values() for weight in own for part in PARTS}
 
-    def stays(self) -> dict[str, Tensor]:
-        """The counts that learned masks go by, in the store, by name."""
-        learned = [weight("stay") for own in self.weights.values() for weight in own if weight.learned]
-        return {name: self._tensor(name) for name in learned}
+    def learned(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """What learned masks go by, in the store, by the name of the count: (how many stay, scores (rows, n))."""
+        weights = [weight for own in self.weights.values() for weight in own if weight.learned]
+        return {weight("stay"): self._learnt(weight) for weight in weights}
+
+    def _learnt(self, weight: Sparse) -> tuple[Tensor, Tensor]:
+        return self._tensor(weight("stay")), self._tensor(weight("score"))
 
 
 def sparsified(program: Program, course: SparseCourse) -> Program:

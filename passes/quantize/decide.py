@@ -23,6 +23,7 @@ from ...runtime.qtensor import packed_nbytes, require_finite
 from ...runtime.scheme import Scheme
 from ...runtime.store import Store
 from ..schedule import AT_ONCE, Schedule
+from ..selection import selected_by
 from .sites import Reading, Use, reading
 
 STAGE = "decide"
@@ -61,8 +62,7 @@ class QuantizeRule:
 
     def selects(self, names: Sequence[str]) -> bool:
         """Whether a module that answers to `names` is meant."""
-        globbed = any(fnmatch.fnmatchcase(name, glob) for name in names for glob in self.modules)
-        return globbed or any(re.search(pattern, name) for name in names for pattern in self.patterns)
+        return selected_by(names, self.modules, self.patterns)
 
 
 @dataclass(frozen=True)
