@@ -2,18 +2,18 @@
 
 `torch.export` in non-strict mode gives pre-dispatch ATen with the model's own tensors. What is done here:
 guards are dropped for the Contract's own checks, constants become entries of the Store, regions under
-no_grad are inlined (their results detached), and inputs and outputs are flattened.
+no_grad are inlined (their results detached), and inputs and outputs are flattened. What export refuses because the
+model branches on a value is captured as it goes for the example, with a check (see `branches`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-import os
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -30,6 +30,7 @@ from ..runtime.errors import CaptureError
 from ..runtime.program import Program
 from ..runtime.store import Store
 from ..runtime.structure import describe, flatten
+from .branches import Branches, user_frame
 from .sizes import eager, proved
 
 DynamicShapes = Mapping[str, Mapping[int, str]]
@@ -61,9 +62,11 @@ def capture(
     candidates = guess_dynamic(widened)
     if dynamic_shapes is not None:
         candidates = [{name: dims for name, dims in dynamic_shapes.items() if name in widened}]
+    branches = Branches()
     with _CAPTURING, _recording(), in_mode(model, training), _taking_tensors(model, widened) as given:
-        module, ranges, dims = _export(model, given, {n: arguments[n] for n in given}, candidates, store)
+        module, ranges, dims = _export(model, given, {n: arguments[n] for n in given}, candidates, store, branches)
     graph, output = _flat_graph(module, store)
+    branches.require_kept(graph)
     inputs, limits = _inputs(graph, structure, tensors, dims, ranges)
     program = Program.of(graph, store, Contract(training, structure, inputs, output, limits))
     _own_what_is_written(program)
@@ -124,7 +127,8 @@ def _widen(value: Any, alone: bool) -> Any:
 @contextlib.contextmanager
 def _recording() -> Iterator[None]:
     """Under a caller's no_grad, export would not see which regions of the model are under one."""
-    with torch.inference_mode(False), torch.enable_grad(), compat.checkpoints_marked(), compat.silent():
+    marked, through = compat.checkpoints_marked(), compat.functions_seen_through()
+    with torch.inference_mode(False), torch.enable_grad(), marked, through, compat.silent():
         yield
 
 
@@ -171,21 +175,25 @@ def _export(
     fixed: Mapping[str, Any],
     candidates: list[DynamicShapes],
     store: Store,
+    branches: Branches,
 ) -> tuple[fx.GraphModule, Mapping[Any, Any], DynamicShapes]:
-    failure: Exception | None = None
-    for names in candidates:
-        arguments = widened if names else fixed
-        dims = {name: Dim(name) for shapes in names.values() for name in shapes.values()}
-        try:
-            exported = _export_within_limits(model, arguments, _spec(model, arguments, names, dims))
-            return exported.module(), exported.range_constraints, names
-        except Exception as error:  # whatever the model's code or export raises is the reason to report
-            failure = failure or error
-    assert failure is not None
+    for follow in (contextlib.nullcontext, branches.followed):
+        failures: list[Exception] = []
+        for names in candidates:
+            arguments = widened if names else fixed
+            dims = {name: Dim(name) for shapes in names.values() for name in shapes.values()}
+            try:
+                exported = _export_within_limits(model, arguments, _spec(model, arguments, names, dims), follow)
+                return exported.module(), exported.range_constraints, names
+            except Exception as error:  # whatever the model's code or export raises is the reason to report
+                failures.append(error)
+        if not any(isinstance(error, compat.UNDECIDED) for error in failures):
+            break
+    failure = failures[0]
     _require_served(model, fixed, store)
     raise CaptureError(
         f"{type(model).__name__} cannot be captured: {_first_line(failure)}",
-        required="a forward that torch.export can trace: no branching on values, tensors in and out",
+        required="a forward that torch.export can trace: no sizes or counts that go by values, tensors in and out",
         found=f"{type(failure).__name__} at {_user_line(failure)}",
         cure="make that line independent of tensor values, or compress the submodule that can be captured",
     ) from failure
@@ -204,17 +212,21 @@ def _require_served(model: nn.Module, arguments: Mapping[str, Any], store: Store
         ) from error
 
 
-def _export_within_limits(model: nn.Module, arguments: Mapping[str, Any], spec: Any) -> torch.export.ExportedProgram:
+def _export_within_limits(
+    model: nn.Module, arguments: Mapping[str, Any], spec: Any, follow: Callable[[], AbstractContextManager[None]]
+) -> torch.export.ExportedProgram:
     """Export; where the model bounds a dimension (a position table), export again within the bound it names."""
     try:
-        return torch.export.export(model, (), dict(arguments), dynamic_shapes=spec, strict=False)
+        with follow():
+            return torch.export.export(model, (), dict(arguments), dynamic_shapes=spec, strict=False)
     except UserError as error:
         head, found, fixes = str(error).partition("Suggested fixes:")
         if not found:
             raise
         named = "\n".join(line for line in fixes.splitlines() if " = " in line)
         refined = refine_dynamic_shapes_from_suggested_fixes(f"{head}{found}\n{named}", spec)
-        return torch.export.export(model, (), dict(arguments), dynamic_shapes=refined, strict=False)
+        with follow():
+            return torch.export.export(model, (), dict(arguments), dynamic_shapes=refined, strict=False)
 
 
 def _spec(model: nn.Module, arguments: Mapping[str, Any], names: DynamicShapes, dims: Mapping[str, Dim]) -> Any:
@@ -230,12 +242,10 @@ def _first_line(error: BaseException) -> str:
 
 
 def _user_line(error: BaseException) -> str:
-    """The innermost frame outside torch and dwindle: the line of the model that export stopped at."""
-    others = [f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1])]
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        # "<string>" and the like is code that torch made up, or a prompt, which has no lines to show.
-        if not frame.filename.startswith(("<", *others)):
-            return f"{frame.filename}:{frame.lineno}: {frame.line}"
+    """The line of the model that export stopped at."""
+    frame = user_frame(traceback.extract_tb(error.__traceback__))
+    if frame is not None:
+        return f"{frame.filename}:{frame.lineno}: {frame.line}"
     return "a line inside torch.export (see the chained error)"
 
 

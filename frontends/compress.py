@@ -23,7 +23,7 @@ from ..runtime.errors import CalibrationError, CaptureError, RecipeError
 from ..runtime.model import DTYPE, GraphModel
 from ..runtime.own_state import own_state
 from ..runtime.plan import Plan
-from ..runtime.program import Entry, Program
+from ..runtime.program import Entry, Program, checks
 from ..runtime.store import Store
 from .capture import DynamicShapes, capture
 from .distill import task_loss
@@ -179,8 +179,13 @@ def finish(driver: Driver, tensors: Sequence[Tensor], job: Job) -> tuple[Program
 
 
 def verification_inputs(program: Program, signature: Signature, arguments: Mapping[str, Any]) -> list[Tensor]:
-    """The example as flat inputs, cut to a batch of two: enough to verify, cheap to run after every pass."""
+    """The example as flat inputs, cut to a batch of two: enough to verify, cheap to run after every pass.
+
+    Whole, where the graph was captured for a value: that of two may be another.
+    """
     (tensors,) = flat_batches(program, signature, [arguments])
+    if any(checks(node) for node in program.graph.nodes):
+        return tensors
     for i, spec in enumerate(program.contract.inputs):
         for dim, name in enumerate(spec.shape):
             if name == "batch":

@@ -13,6 +13,8 @@ from torch import Tensor, fx
 
 from . import compat
 from .contract import Contract
+from .ops.catalog import by_overload
+from .ops.require import REQUIRE
 from .store import Store, view
 
 aten = torch.ops.aten
@@ -152,7 +154,7 @@ class Program:
         """Drop dead nodes and regenerate the code. In training a dead random call stays: it advances the generator."""
         training = self.contract.training
         self.graph.eliminate_dead_code(
-            lambda n: n.op in ("placeholder", "output") or writes(n) or (training and is_random(n))
+            lambda n: n.op in ("placeholder", "output") or writes(n) or checks(n) or (training and is_random(n))
         )
         self.module.recompile()
 
@@ -161,6 +163,11 @@ def writes(node: fx.Node) -> bool:
     """Whether a call writes an argument in place."""
     schema = getattr(node.target, "_schema", None)
     return node.op == "call_function" and schema is not None and bool(schema.is_mutable)
+
+
+def checks(node: fx.Node) -> bool:
+    """Whether a call computes nothing, but requires the value that the graph was captured for."""
+    return node.op == "call_function" and by_overload(node.target) is REQUIRE
 
 
 def is_random(node: fx.Node) -> bool:

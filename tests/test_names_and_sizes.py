@@ -178,12 +178,12 @@ def test_a_tied_packed_weight_is_in_a_state_under_all_its_names(tmp_path: Path) 
 def test_the_line_is_found_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "frontends" / "torchlike"
     folder.mkdir(parents=True)
-    lines = ["from torch import nn", "class Branches(nn.Linear):", "    def forward(self, input):"]
-    lines += ["        if input.sum().item() > 0:", "            return input", "        return -input"]
-    (folder / "branching_model.py").write_text("\n".join(lines))
+    lines = ["from torch import nn", "class Counts(nn.Linear):", "    def forward(self, input):"]
+    lines += ["        for _ in range(input.sum().int().item()):", "            input = -input", "        return input"]
+    (folder / "counting_model.py").write_text("\n".join(lines))
     monkeypatch.syspath_prepend(folder)
-    model = importlib.import_module("branching_model").Branches(16, 16)
-    with pytest.raises(dwindle.DwindleError, match=r"found: .*branching_model\.py:4: if input"):
+    model = importlib.import_module("counting_model").Counts(16, 16)
+    with pytest.raises(dwindle.DwindleError, match=r"found: .*counting_model\.py:4: for _ in"):
         dwindle.compress(model, inputs=_x(4, 16))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ...runtime.ops.require import unchecked
 from ...runtime.program import Program
 from .keep import Kept
 from .sliced import sliced
@@ -29,7 +30,7 @@ def latency(walk: Walk, inputs: Sequence[Tensor]) -> Callable[[Kept], float]:
         sliced(cut, walk.on(cut), of)
         cut.module.recompile()
         times: dict[int, list[float]] = {0: [], 1: []}
-        with torch.no_grad(), whole.unwritten(), cut.unwritten():
+        with torch.no_grad(), whole.unwritten(), cut.unwritten(), unchecked():
             for i in range(WARM_UP + ROUNDS):
                 for side, program in enumerate((cut, whole)):
                     took = _timed(program, inputs)

@@ -29,7 +29,7 @@ from ..contract import Contract, bind_call
 from ..errors import ExportError, MissingDependencyError
 from ..files import require_free
 from ..model import GraphModel
-from ..program import Program
+from ..program import Program, checks
 from ..structure import Structure
 from .check import PROVIDERS, Probe, check
 from .example import batches, smaller
@@ -63,6 +63,7 @@ def export_onnx(
     path = Path(path)
     _require(provider, precision, path, model)
     program, given = _variant(model, inputs)
+    _require_checked(program)
     program.infer()
     examples = [given, smaller(program.contract, given)] if given else batches(program)
     recipe = getattr(model, "recipe", {})
@@ -109,6 +110,18 @@ def _require(provider: str, precision: str, path: Path, model: GraphModel) -> No
         raise ExportError("no folder to write to", required="an existing folder", found=path.parent)
     for taken in (path, _data(path)):
         require_free(taken, ExportError)
+
+
+def _require_checked(program: Program) -> None:
+    """ONNX has no operator that stops: where a value goes another way, the file would give what the model does not."""
+    lines = [str(node.args[2]) for node in program.graph.nodes if checks(node)]
+    if lines:
+        raise ExportError(
+            "the graph holds for one side of a branch on a value, which an ONNX file cannot check",
+            required="a model that does not branch on values",
+            found="\n    ".join(["", *lines]),
+            cure="make these lines independent of tensor values, or use the artifact, which checks them",
+        )
 
 
 def _data(path: Path) -> Path:

@@ -11,6 +11,7 @@ from .qconv2d import QCONV2D
 from .qembedding import QEMBEDDING
 from .qlinear import QLINEAR, QLINEAR_WEIGHT_ONLY
 from .quantize import FAKE_QUANTIZE, QUANTIZE_ASYMMETRIC, QUANTIZE_DYNAMIC, QUANTIZE_STATIC
+from .require import REQUIRE
 from .steps import LINEAR_OF_STEPS, STEPS_LEARNED, STEPS_LIVE, STEPS_RANGED
 from .training import FAKE_QUANTIZE_LEARNED, FAKE_QUANTIZE_LIVE, FAKE_QUANTIZE_RANGED, OBSERVE_RANGE
 
@@ -38,6 +39,7 @@ OPS: tuple[Operator, ...] = (
     QEMBEDDING,
     QCONV2D,
     DEQUANTIZE,
+    REQUIRE,
 )
 
 
@@ -51,6 +53,9 @@ def _register(operators: tuple[Operator, ...]) -> torch.library.Library:
 
 # Kept alive: a Library unregisters its operators when it is collected.
 LIBRARY = _register(OPS)
+
+# It has no result: without this fx and torch.compile would take it for dead code.
+torch.fx.node.has_side_effect(REQUIRE.overload)
 
 
 def by_overload(target: object) -> Operator | None:
