@@ -72,6 +72,7 @@ FORBIDDEN = (
     "torch.ops.torchvision.nothing.default",
     "torch.ops.prims.add.default",
     "torch.ops.aten.from_file.default",
+    "torch.ops.aten._assert_async.msg",
     "torch.ops.aten.save.default",
     "builtins.eval",
     "operator.attrgetter",
