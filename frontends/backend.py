@@ -72,11 +72,12 @@ def _options(
             found=recipe.name or "static activations",
             cure="dwindle.compress(model, recipe, data=[...])",
         )
-    if recipe.prune or recipe.sparsify:  # torch.compile keeps the model's own tensors
+    rules = [name for name in ("depth", "prune", "sparsify") if getattr(recipe, name)]
+    if rules:  # torch.compile keeps the model's own tensors
         raise RecipeError(
             "torch.compile cannot prune",
-            required="a recipe without prune and sparsify",
-            found=f"{len(recipe.prune) + len(recipe.sparsify)} pruning rules",
+            required="a recipe without depth, prune and sparsify",
+            found=", ".join(rules),
             cure="dwindle.compress(model, recipe)",
         )
     return recipe, INNER[settings["inner"]]

@@ -70,7 +70,7 @@ def compress(
 
     batches = calibration_batches(captured, signature, recipe, data)
     job = Job(rules=rules, target=target, batches=batches, observer=recipe.calibration.observer)
-    job.prunes, job.inputs = recipe.prunes(), proof_inputs(captured, tensors)
+    job.depth, job.prunes, job.inputs = recipe.depths(), recipe.prunes(), proof_inputs(captured, tensors)
     job.sparsifies, job.loss = recipe.sparsifies(), task_loss
     driver = prepared(captured, tensors, job)
     require_effect(rules, job.plan, captured.log)

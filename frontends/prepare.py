@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -65,7 +66,7 @@ def prepare(
     tensors = verification_inputs(first, signature, arguments)
     momentum = recipe.calibration.momentum
     job = Job(rules=recipe.rules(), target=store, trains=True, seed=recipe.seed, momentum=momentum)
-    job.prunes, job.inputs = recipe.prunes(), proof_inputs(first, tensors)
+    job.depth, job.prunes, job.inputs = recipe.depths(), recipe.prunes(), proof_inputs(first, tensors)
     job.sparsifies = recipe.sparsifies()
     if data is not None:
         job.batches, job.observer = calibration_batches(first, signature, recipe, data), recipe.calibration.observer
@@ -73,6 +74,9 @@ def prepare(
     require_effect(job.rules, job.plan, first.log)
     plan = job.plan or Plan()
     course = job.course or Course(store, plan.quantizations, {}, recipe.seed)
+    gone = unread(program, plan)
+    for name in gone:
+        store.take(name)
     pruning = Pruning(job.pruning, job.sparsity)
     if job.pruning is not None:
         require_cuttable(job.reference or program, plan, job.pruning.cuts())
@@ -82,6 +86,10 @@ def prepare(
 
     def recapture(student: Student, training: bool, call: Mapping[str, Any], cuts: Plan | None) -> Program:
         own = student.store if cuts is None else student.store.fork()
+        with _lent(own, model, gone):
+            return recaptured(student, own, training, call, cuts)
+
+    def recaptured(student: Student, own: Store, training: bool, call: Mapping[str, Any], cuts: Plan | None) -> Program:
         fresh = capture(model, call, own, training=training, dynamic_shapes=dynamic_shapes)
         again = Job(
             plan=plan if cuts is None else cuts, target=own, trains=True, course=student.course, momentum=momentum
@@ -106,3 +114,25 @@ def prepare(
     if total_steps is not None:
         student.forecast(total_steps).require_end()
     return student.train(model.training)
+
+
+def unread(program: Program, plan: Plan) -> list[str]:
+    """Names of the tensors of blocks that are left out, which nothing else reads."""
+    read = {program.tensor_of(node) for node in program.graph.nodes}
+    inside = tuple(f"{edit.path}." for edit in plan.drops)
+    return [name for name, _ in program.store.entries() if name.startswith(inside) and name not in read]
+
+
+@contextlib.contextmanager
+def _lent(store: Store, model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """With the model's own tensors under names that were taken out: a model is captured whole."""
+    whole = Store.borrowing(model) if names else Store()
+    for name in names:
+        value = whole.get(name)
+        assert value is not None, f"{name} is not the model's"
+        store.put(name, value, persistent=whole.is_persistent(name))
+    try:
+        yield
+    finally:
+        for name in names:
+            store.take(name)

@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError, field_validator
 
+from ..passes.depth import DepthRule
 from ..passes.prune.decide import PruneRule
 from ..passes.prune.sparsify import SparseRule
 from ..passes.quantize.decide import QuantizeRule
@@ -22,6 +23,7 @@ from ..runtime.errors import MissingDependencyError, RecipeError, SchemeError
 from .cuts import PruneEntry
 from .deepspeed.config import DeepSpeedConfig
 from .deepspeed.translate import translate
+from .depth import DepthEntry
 from .settings import (
     SCHEDULES,
     ActivationSettings,
@@ -48,6 +50,7 @@ class Recipe(Strict):
     """
 
     name: str = ""
+    depth: tuple[DepthEntry, ...] = ()
     prune: tuple[PruneEntry, ...] = ()
     sparsify: tuple[SparsifyEntry, ...] = ()
     quantize: tuple[QuantizeEntry, ...] = ()
@@ -95,6 +98,10 @@ class Recipe(Strict):
         """The quantisation rules as the pass takes them."""
         return tuple(entry.rule(self.schedule) for entry in self.quantize)
 
+    def depths(self) -> tuple[DepthRule, ...]:
+        """The rules of depth as the pass takes them."""
+        return tuple(entry.rule() for entry in self.depth)
+
     def prunes(self) -> tuple[PruneRule, ...]:
         """The pruning rules as the pass takes them."""
         return tuple(entry.rule(self.seed) for entry in self.prune)
@@ -103,7 +110,7 @@ class Recipe(Strict):
         """The rules of zeros as the pass takes them."""
         return tuple(entry.rule() for entry in self.sparsify)
 
-    @field_validator("prune", "sparsify", mode="before")
+    @field_validator("depth", "prune", "sparsify", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, Mapping) else value
@@ -167,6 +174,7 @@ def _validated(data: Any) -> Recipe:
 def _fields_at(path: tuple[int | str, ...]) -> list[str]:
     """The keys allowed at a place in a recipe."""
     inside: dict[str, type[BaseModel]] = {
+        "depth": DepthEntry,
         "prune": PruneEntry,
         "quantize": QuantizeEntry,
         "sparsify": SparsifyEntry,

@@ -224,6 +224,10 @@ class Student(Recomputing):
             for name in self._own_names() & own.keys():
                 state_dict.setdefault(prefix + name, own[name])
         load_ranges(self.store, self.plan, state_dict, prefix)
+        left_out = tuple(f"{prefix}{edit.path}." for edit in self.plan.drops)
+        for key in [key for key in state_dict if key.startswith(left_out)]:
+            if self.store.get(key[len(prefix) :]) is None:  # of the whole model
+                del state_dict[key]
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _is_plain(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
@@ -288,7 +292,8 @@ class Student(Recomputing):
         """The edits at this moment; cuts come first."""
         pruning, sparsity = self.pacer.pruning.structured, self.pacer.pruning.sparse
         slices = [] if pruning is None else pruning.slices()
-        return Plan((*slices, *(() if sparsity is None else edits(sparsity.masks(), slices)), *self.course.plan()))
+        zeros = () if sparsity is None else edits(sparsity.masks(), slices)
+        return Plan((*self.plan.drops, *slices, *zeros, *self.course.plan()))
 
     def _own_names(self) -> set[str]:
         """What training keeps in the store besides the model's own tensors."""

@@ -21,6 +21,7 @@ from ..runtime.plan import Quantize, Slice, input_scale_name, input_zero_name
 from ..runtime.qtensor import QTensor
 from .inputs import as_arguments
 from .resize import Beside, TransplantError, analysed, examples, fit_layers, resize
+from .shorten import Renamed, shortened
 
 # Module and graph call the same operators on the same codes: measured exactly 0 on all tiny models, dynamic and
 # static. Room is left for layers that stay floating point and round otherwise (addmm against linear), since one
@@ -37,8 +38,9 @@ def transplant(small: Compressed, model: nn.Module, *, inputs: Any = None) -> nn
 
     Every tensor is that of `small`, trained ones too, and the model's own where `small` has no use for it. Parameters
     are shared, not duplicated, and none is trainable; buffers are the copy's own, since a forward may write them.
-    Where something was cut the parameters are the copy's own too, and train as the model's do if none is packed.
-    Its modules' numbers (heads, widths) follow the cuts; a config stays as it was unless a forward reads it.
+    Where something was cut or left out the parameters are the copy's own too, and train as the model's do if none is
+    packed. Its modules' numbers (heads, widths) follow the cuts, and blocks that stay are numbered anew; a config has
+    the new number of layers, and stays as it was otherwise unless a forward reads it.
     It has the model's class, config and methods, and is run beside `small` on `inputs` (made up for transformers
     models). Raises TransplantError for edits that have no eager form, naming them, and if the two differ.
     """
@@ -49,6 +51,10 @@ def transplant(small: Compressed, model: nn.Module, *, inputs: Any = None) -> nn
             found=type(small).__name__,
             cure="student.finish()" if isinstance(small, GraphModel) else None,
         )
+    arguments, shorter = as_arguments(model, inputs), bool(small.plan.drops)
+    if shorter:
+        model, rename = shortened(model, small)
+        small = cast(Compressed, Renamed(small, rename))
     edits = small.plan.quantizations
     unfit = sorted({e.fqn for e in edits if not _expressible(model, small.store.names_of(e.fqn), e.operator)})
     unfit += sorted({e.fqn for e in edits if e.operator == "conv2d" and _folds(small)})
@@ -68,17 +74,16 @@ def transplant(small: Compressed, model: nn.Module, *, inputs: Any = None) -> nn
             found=", ".join(several[:5]),
             cure="call the compressed model itself, or choose range 'dynamic'",
         )
-    arguments = as_arguments(model, inputs)
-    copied = _copy(model, small).eval()
+    copied = _copy(model, small, own=shorter or bool(small.plan.slices)).eval()
+    limit = EXACT if not edits and small.dtype in (torch.float32, torch.float64) else LIMIT
     if not small.plan.slices:
         _replace_all(copied, small)
-        _verify(Beside.of(copied, small, [arguments], LIMIT))
+        _verify(Beside.of(copied, small, [arguments], limit))
         return copied
     walk, kept = analysed(model, small, arguments)
     fit_layers(model, copied, walk, kept)
     _replace_all(copied, small)
-    exact = not edits and small.dtype in (torch.float32, torch.float64)
-    resize(model, Beside.of(copied, small, examples(small, arguments), EXACT if exact else LIMIT), walk, kept)
+    resize(model, Beside.of(copied, small, examples(small, arguments), limit), walk, kept)
     return copied
 
 
@@ -112,25 +117,25 @@ def _folds(small: Compressed) -> bool:
     return any(entry.rule == BATCH_NORM_INTO_CONV.name and entry.applied for entry in small.log)
 
 
-def _copy(model: nn.Module, small: Compressed) -> nn.Module:
-    """New modules on the tensors of `small`; on their own memory where something is cut, so that they may train."""
+def _copy(model: nn.Module, small: Compressed, *, own: bool) -> nn.Module:
+    """New modules on the tensors of `small`; on their own memory where something went, so that they may train."""
     # Folding writes other weights under a convolution's own names. Only compress folds; it changes nothing else.
     folded = _folds(small)
-    pruned, trains = bool(small.plan.slices), bool(small.plan.slices) and not small.plan.quantizations
+    trains = own and not small.plan.quantizations
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     cuts = _cuts(dict(named), small)
     held: dict[int, Any] = {}
-    for name, own in named:
-        if id(own) in held:
+    for name, old in named:
+        if id(old) in held:
             continue
-        stored, cut = small.store.get(name), _without(own.detach(), cuts.get(id(own), []))
+        stored, cut = small.store.get(name), _without(old.detach(), cuts.get(id(old), []))
         value = stored.detach() if isinstance(stored, Tensor) and not folded else cut
         if value.shape != cut.shape:
             raise _another(name, f"shape {list(value.shape)}", list(cut.shape))
-        if isinstance(own, nn.Parameter):
-            held[id(own)] = nn.Parameter(value.clone() if pruned else value, requires_grad=trains and own.requires_grad)
+        if isinstance(old, nn.Parameter):
+            held[id(old)] = nn.Parameter(value.clone() if own else value, requires_grad=trains and old.requires_grad)
         else:
-            held[id(own)] = value.clone()
+            held[id(old)] = value.clone()
     return copy.deepcopy(model, held)
 
 
@@ -215,7 +220,7 @@ def _verify(beside: Beside) -> None:
     if failure is not None:
         raise TransplantError(
             "the eager module does not compute what the graph does",
-            required=f"a relative difference of at most {LIMIT}",
+            required=f"a relative difference of at most {beside.limit}",
             found=failure.what,
             cure="some module reads its weight itself; leave it out in the recipe",
         )

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from ..runtime.errors import CalibrationError
-from ..runtime.plan import Plan, Slice, Sparsify, input_scale_name, input_zero_name
+from ..runtime.plan import DropBlock, Plan, Slice, Sparsify, input_scale_name, input_zero_name
 from ..runtime.program import Program
 from ..runtime.store import Store
 from .canonicalize import TO_LINEAR, canonicalize
 from .certify import require_real
+from .depth import DepthRule, dropped, drops_of
 from .driver import Driver, Pass
 from .fold import fold_batch_norm, fold_constants
 from .lower import lower
@@ -47,6 +48,7 @@ from .rewrite import apply_rules
 class Job:
     """What passes need beyond the program, and what deciding passes decide.
 
+    depth: rules of depth; drops: the blocks that go
     prunes: pruning rules; slices: the cuts that they come to, None until decided
     pruning: where they are in training, made before the first mask
     sparsifies: rules of zeros; masks: what they come to by weight, None until decided; sparsity: they in training
@@ -63,6 +65,8 @@ class Job:
     """
 
     rules: Sequence[QuantizeRule] = ()
+    depth: Sequence[DepthRule] = ()
+    drops: tuple[DropBlock, ...] = ()
     prunes: Sequence[PruneRule] = ()
     slices: tuple[Slice, ...] | None = None
     pruning: PruneCourse | None = None
@@ -87,6 +91,11 @@ class Job:
     def cuts(self) -> tuple[Slice, ...]:
         """Cuts that are to be replayed."""
         return () if self.plan is None else self.plan.slices
+
+    @property
+    def drops_now(self) -> bool:
+        """Whether blocks go."""
+        return bool(self.depth) if self.plan is None else bool(self.plan.drops)
 
     @property
     def prunes_now(self) -> bool:
@@ -124,6 +133,11 @@ class Stage:
 
 def _fold_constants(program: Program, job: Job) -> Program:
     return fold_constants(program)
+
+
+def _drop(program: Program, job: Job) -> Program:
+    job.drops = tuple(drops_of(program, job.depth)) if job.plan is None else job.plan.drops
+    return dropped(program, job.drops)
 
 
 def _prune(program: Program, job: Job) -> Program:
@@ -174,7 +188,7 @@ def _decide(program: Program, job: Job) -> Program:
         job.paces = {edit.fqn: pace for edit, pace in decided.items()}
         # Without training nothing is learned.
         edits = decided if job.trains else [replace(edit, learned=False, learned_input=False) for edit in decided]
-        job.plan = Plan((*(job.slices or ()), *job.zeros, *edits))
+        job.plan = Plan((*job.drops, *(job.slices or ()), *job.zeros, *edits))
     return program
 
 
@@ -238,6 +252,7 @@ def _lower(program: Program, job: Job) -> Program:
 
 PREPARE: tuple[Stage, ...] = (
     Stage(name="canonicalize", run=lambda program, job: canonicalize(program), exact=True),
+    Stage(name="drop", run=_drop, needed=lambda program, job: job.drops_now),
     Stage(name="linearize", run=_linearize, needed=lambda program, job: job.wants("linear"), limit=1e-3),
     Stage(name="prune", run=_prune, needed=lambda program, job: job.prunes_now),
     Stage(name="sparsify", run=_sparsify, needed=lambda program, job: job.zeroes),

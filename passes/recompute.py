@@ -38,7 +38,7 @@ def marked(node: fx.Node) -> str | None:
 
 def by_block(node: fx.Node) -> str | None:
     """The part of a node by the repeated block that it lies in ("encoder.layer.3"), each call of a block apart."""
-    for key, path in compat.module_calls(node):
+    for key, path, _ in compat.module_calls(node):
         if block_of(path) == path and path.rpartition(".")[2].isdigit():
             return key
     return None

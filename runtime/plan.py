@@ -43,6 +43,13 @@ class Quantize:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DropBlock:
+    """Leave out the block of module path `path`: what goes in comes out."""
+
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Slice:
     """Take indices out of dimension `dim` of stored tensor `fqn`, which has `size` of them before."""
 
@@ -69,8 +76,8 @@ class Sparsify:
     total: int
 
 
-Edit = Quantize | Slice | Sparsify
-EDITS: tuple[type[Quantize] | type[Slice] | type[Sparsify], ...] = (Slice, Sparsify, Quantize)
+Edit = DropBlock | Slice | Sparsify | Quantize
+EDITS: tuple[type[Edit], ...] = (DropBlock, Slice, Sparsify, Quantize)
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,11 @@ class Plan:
             if isinstance(edit, Quantize) and edit.fqn == fqn and edit.operator == operator:
                 return edit
         return None
+
+    @property
+    def drops(self) -> tuple[DropBlock, ...]:
+        """All blocks that go."""
+        return tuple(edit for edit in self.edits if isinstance(edit, DropBlock))
 
     @property
     def slices(self) -> tuple[Slice, ...]:

@@ -91,6 +91,14 @@ class Store(nn.Module):
             if not persistent:
                 owner._non_persistent_buffers_set.add(leaf)
 
+    def take(self, name: str) -> None:
+        """Take out a Parameter or buffer."""
+        *path, leaf = name.split(".")
+        owner = self.get_submodule(".".join(path))
+        owner._parameters.pop(leaf, None)
+        owner._buffers.pop(leaf, None)
+        owner._non_persistent_buffers_set.discard(leaf)
+
     def get(self, name: str) -> Tensor | QTensor | None:
         """What is stored under `name` or its alias; None if nothing is."""
         *path, leaf = self.canonical(name).split(".")

@@ -1,0 +1,237 @@
+"""Depth: a graph without some of its blocks is the model without them; and it is pruned, quantised and trained so."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import ZOO
+from torch import Tensor, nn
+
+import dwindle
+from dwindle.frontends.capture import capture
+from dwindle.frontends.resize import TransplantError
+from dwindle.passes.canonicalize import canonicalize
+from dwindle.passes.depth import Row, find_rows, spread_over
+from dwindle.runtime.compressed import Compressed
+from dwindle.runtime.errors import RecipeError
+from dwindle.runtime.store import Store
+
+ROWS = {
+    "bert": "encoder.layer",
+    "gpt2": "transformer.h",
+    "llama": "model.layers",
+    "vit": "vit.layers",
+    "t5": "decoder.block",
+}
+EVERYTHING: dict[str, Any] = {
+    "prune": {"ratio": 0.5, "scopes": ["heads", "rows"]},
+    "quantize": [{"activation": {}}],
+}
+
+
+def rows(model: nn.Module, inputs: dict[str, Tensor]) -> list[Row]:
+    program = canonicalize(capture(model, inputs, Store.of(model, clone=True)))
+    program.tidy()
+    return find_rows(program)
+
+
+def first(output: Any) -> Tensor:
+    found = output if isinstance(output, Tensor) else output[0]
+    assert isinstance(found, Tensor)
+    return found
+
+
+def shallow(name: str, layers: list[int], **more: Any) -> tuple[Compressed, nn.Module, dict[str, Tensor]]:
+    model, inputs = ZOO[name]()
+    rule = {"row": ROWS[name], "keep_layers": layers}
+    return dwindle.compress(model, {"depth": rule, **more}, inputs=inputs), model, inputs
+
+
+def without(model: nn.Module, row: str, number: int) -> nn.Module:
+    other = copy.deepcopy(model)
+    blocks = other.get_submodule(row)
+    assert isinstance(blocks, nn.ModuleList)
+    del blocks[number]
+    return other
+
+
+@pytest.mark.parametrize("gone", [0, 1])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "vit"])
+def test_a_graph_without_a_block_is_the_model_without_it(name: str, gone: int) -> None:
+    small, model, inputs = shallow(name, [1 - gone])
+    with torch.no_grad():
+        torch.testing.assert_close(first(small(**inputs)), first(without(model, ROWS[name], gone)(**inputs)))
+    path = f"{ROWS[name]}.{gone}"
+    assert [edit.path for edit in small.plan.drops] == [path]
+    assert not any(key.startswith(f"{path}.") for key in small.state_dict())
+
+
+def test_the_position_bias_of_a_block_that_goes_stays() -> None:
+    small, model, inputs = shallow("t5", [1])
+    block = model.decoder.block[0]
+    for part in (block.layer[0].SelfAttention.o, block.layer[1].EncDecAttention.o, block.layer[2].DenseReluDense.wo):
+        nn.init.zeros_(part.weight)  # it adds nothing to what goes through it
+    with torch.no_grad():
+        torch.testing.assert_close(first(small(**inputs)), first(model(**inputs)))
+    held = [key for key in small.state_dict() if key.startswith("decoder.block.0.")]
+    assert held == ["decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
+    with pytest.raises(TransplantError, match="hold nothing which others read"):
+        dwindle.transplant(small, model, inputs=inputs)
+
+
+class Tower(nn.Module):
+    """Blocks of four kinds in one row: alike, one that is called twice, one that changes the width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3))
+        self.blocks.append(nn.Sequential(nn.Linear(8, 6), nn.Tanh()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.blocks[0](x)
+        x = x + self.blocks[1](x)
+        return self.blocks[3](self.blocks[1](self.blocks[2](x)))
+
+
+def test_what_cannot_go_says_why() -> None:
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    (row,) = rows(Tower().eval(), {"x": x})
+    reasons = {block.number: block.reason for block in row.blocks}
+    assert reasons[0] == reasons[2] == ""
+    assert reasons[1] == "it is called 2 times"
+    assert "the shape of what comes out" in reasons[3]
+    with pytest.raises(RecipeError, match=r"(?s)blocks.1 cannot be dropped.*called 2 times.*keep it"):
+        dwindle.compress(Tower().eval(), {"depth": {"keep_layers": [0, 2, 3]}}, inputs=x)
+
+
+def test_of_several_streams_the_one_without_a_product_counts() -> None:
+    class Merging(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Sequential(nn.Linear(8, 8)), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, beside: Tensor) -> Tensor:
+            return x + self.one(self.two(beside))
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows = nn.ModuleList(Merging() for _ in range(2))
+
+        def forward(self, x: Tensor, beside: Tensor) -> Tensor:
+            for block in self.rows:
+                x = block(x, beside)
+            return x
+
+    torch.manual_seed(0)
+    model, inputs = Two().eval(), {"x": torch.randn(3, 8), "beside": torch.randn(3, 8)}
+    small = dwindle.compress(model, {"depth": {"keep_layers": [0]}}, inputs=inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(small(**inputs), model.rows[0](**inputs))
+
+
+@pytest.mark.parametrize(
+    ("spread", "found"),
+    [("even", [1, 3, 5, 7, 9, 11]), ("ends", [0, 2, 4, 7, 9, 11]), ("first", [*range(6)]), ("last", [*range(6, 12)])],
+)
+def test_six_of_twelve(spread: Any, found: list[int]) -> None:
+    assert spread_over(12, 6, spread) == found
+    assert spread_over(12, 12, spread) == [*range(12)]
+    assert len(set(spread_over(12, 5, spread))) == 5
+    assert len(spread_over(12, 1, spread)) == 1
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        ({"keep": 3}, "1 to 2 layers"),
+        ({"keep": 0}, "greater than or equal to 1"),
+        ({"keep_layers": [0, 0]}, "0 twice"),
+        ({"keep_layers": [0, 5]}, "numbers from 0 to 1"),
+        ({"keep_layers": []}, "at least one"),
+        ({}, "either keep or keep_layers"),
+        ({"keep": 1, "keep_layers": [1]}, "either keep or keep_layers"),
+        ({"keep": 1, "row": "encoder.layers"}, r"rows are encoder.layer of 2"),
+        ([{"keep": 1}, {"keep_layers": [1]}], "one rule for each row"),
+    ],
+    ids=str,
+)
+def test_what_is_not_there_is_refused(rule: Any, words: str) -> None:
+    model, inputs = ZOO["bert"]()
+    with pytest.raises(RecipeError, match=words):
+        dwindle.compress(model, {"depth": rule}, inputs=inputs)
+
+
+def test_of_two_rows_one_has_to_be_named() -> None:
+    model, inputs = ZOO["t5"]()
+    with pytest.raises(RecipeError, match=r"(?s)several rows.*encoder.block of 2, decoder.block of 2"):
+        dwindle.compress(model, {"depth": {"keep": 1}}, inputs=inputs)
+    both = [{"row": row, "keep_layers": [0]} for row in ("encoder.block", "decoder.block")]
+    small = dwindle.compress(model, {"depth": both}, inputs=inputs)
+    assert [edit.path for edit in small.plan.drops] == ["encoder.block.1", "decoder.block.1"]
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_what_stays_is_pruned_and_quantised_in_one_run(name: str, tmp_path: Path) -> None:
+    small, model, inputs = shallow(name, [0], **EVERYTHING)
+    alone = without(model, ROWS[name], 1)
+    apart = dwindle.compress(alone, EVERYTHING, inputs=inputs)
+    assert torch.equal(first(small(**inputs)), first(apart(**inputs)))
+    assert small.plan.slices == apart.plan.slices
+    small.save(tmp_path / "small")
+    loaded = dwindle.load(tmp_path / "small")
+    assert loaded.plan == small.plan
+    assert torch.equal(first(loaded(**inputs)), first(small(**inputs)))
+
+
+@pytest.mark.parametrize("more", [{}, EVERYTHING], ids=["dropped", "all"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "vit"])
+def test_the_eager_module_follows(name: str, more: dict[str, Any]) -> None:
+    small, model, inputs = shallow(name, [1], **more)
+    eager = dwindle.transplant(small, model, inputs=inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(first(eager(**inputs)), first(small(**inputs)))
+    assert eager.config.num_hidden_layers == 1
+    assert model.config.num_hidden_layers == 2
+    assert all(p.requires_grad for p in eager.parameters()) == (not more)
+    if name in ("gpt2", "llama"):
+        settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+        prompt = inputs["input_ids"][:1]
+        cached, plain = (eager.generate(prompt, use_cache=use, **settings) for use in (True, False))
+        assert torch.equal(cached, plain)
+
+
+@pytest.mark.parametrize("more", [{}, EVERYTHING], ids=["dropped", "all"])
+def test_what_stays_is_trained(more: dict[str, Any]) -> None:
+    model, inputs = ZOO["bert"]()
+    before = copy.deepcopy(model.state_dict())
+    student = dwindle.prepare(model, {"depth": {"keep": 1}, **more}, inputs=inputs)
+    assert not any("layer.0." in key for key in student.state_dict())
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.05)
+    student.train()
+    for _ in range(3):
+        first(student(**inputs)).square().mean().backward()
+        optimizer.step()
+        student.step()
+        optimizer.zero_grad()
+    small = student.eval().finish()
+    assert torch.equal(first(small(**inputs)), first(student(**inputs)))
+    hidden = small(**inputs, output_hidden_states=True)  # a variant that is captured after the cut
+    assert torch.equal(first(hidden), first(small(**inputs)))
+    assert [edit.path for edit in small.plan.drops] == ["encoder.layer.0"]
+    student.load_state_dict(before)  # the whole model's
+    assert torch.equal(
+        student.state_dict()["encoder.layer.1.output.dense.weight"], model.encoder.layer[1].output.dense.weight
+    )
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_torch_compile_refuses_it() -> None:
+    model, inputs = ZOO["bert"]()
+    compiled = torch.compile(model, backend="dwindle", options={"recipe": {"depth": {"keep": 1}}})
+    with pytest.raises(Exception, match=r"torch\.compile cannot prune"):
+        compiled(**inputs)
