@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,6 +52,53 @@ def zeroed(model: nn.Module, small: Compressed) -> nn.Module:
             tensor = model.get_parameter(edit.fqn)
             tensor.index_fill_(edit.dim, torch.tensor(edit.removed), 0.0)
     return model
+
+
+class OfEachImage(nn.Module):
+    """A convolution whose filters each image makes for itself: as many groups as there are images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 16, 3), nn.Conv2d(12, 4, 1)
+        self.filters, self.chosen = nn.Parameter(torch.randn(5, 12, 16, 3, 3)), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        n, _, height, width = x.shape
+        filters = torch.mm(self.chosen(x.mean((2, 3))).softmax(-1), self.filters.view(5, -1)).view(-1, 16, 3, 3)
+        x = nn.functional.conv2d(x.reshape(1, -1, height, width), filters, padding=1, groups=n)
+        return self.last(x.view(n, -1, height, width))
+
+
+def test_a_convolution_with_a_group_for_each_image() -> None:
+    torch.manual_seed(0)
+    small = pruned(OfEachImage().eval(), torch.randn(3, 3, 8, 8), ratio=0.5)
+    assert set(widths(small).values()) >= {8, 6}
+    assert called(small, torch.randn(5, 3, 8, 8)).shape == (5, 4, 6, 6)
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes")
+def test_an_lstm_is_cut_trains_on_and_exports(tmp_path: Path) -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 12), nn.Linear(32, 3)
+            self.lstm = nn.LSTM(12, 16, 2, batch_first=True, bidirectional=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.last(self.lstm(self.first(x))[0])
+            return out
+
+    x = torch.randn(3, 5, 6)
+    model = Reader().eval()
+    small = pruned(model, x, ratio=0.5)
+    assert widths(small)["lstm.weight_hh_l1_reverse", 1] == 8
+    eager = dwindle.transplant(small, model, inputs=x)
+    assert torch.equal(called(eager, x), called(small, x))
+    small.export_onnx(tmp_path / "m.onnx")
+    small.train()
+    small(x).sum().backward()
+    assert all(p.grad is not None for p in small.parameters())
 
 
 @pytest.mark.parametrize("name", ["mlp", "bert", "resnet"])
