@@ -77,6 +77,25 @@ def test_a_convolution_with_a_group_for_each_image() -> None:
     assert called(small, torch.randn(5, 3, 8, 8)).shape == (5, 4, 6, 6)
 
 
+def test_a_model_that_draws_noise_is_cut_where_no_noise_is_drawn() -> None:
+    class Sampler(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.mean, self.scale = nn.Linear(6, 16), nn.Linear(16, 8), nn.Linear(16, 8)
+            self.then, self.last = nn.Linear(8, 16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x).relu()
+            x = self.mean(x) + torch.randn_like(self.mean(x)) * self.scale(x).exp()
+            out: Tensor = self.last(self.then(x).relu())
+            return out
+
+    small = pruned(Sampler().eval(), X, ratio=0.5)
+    assert widths(small)["first.weight", 0] == widths(small)["then.weight", 0] == 8
+    assert ("mean.weight", 0) not in widths(small)
+    assert any("masked and sliced differ" in entry.reason for entry in small.log if not entry.applied)
+
+
 @pytest.mark.filterwarnings("ignore:The tensor attributes")
 def test_an_lstm_is_cut_trains_on_and_exports(tmp_path: Path) -> None:
     class Reader(nn.Module):
