@@ -124,7 +124,13 @@ def _widen(value: Any, alone: bool) -> Any:
 @contextlib.contextmanager
 def _recording() -> Iterator[None]:
     """Under a caller's no_grad, export would not see which regions of the model are under one."""
-    with torch.inference_mode(False), torch.enable_grad(), compat.checkpoints_marked(), compat.silent():
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        compat.checkpoints_marked(),
+        compat.masks_as_given(),
+        compat.silent(),
+    ):
         yield
 
 

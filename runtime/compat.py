@@ -126,6 +126,18 @@ def silent() -> Iterator[None]:
         logging.disable(before)
 
 
+@contextlib.contextmanager
+def masks_as_given() -> Iterator[None]:
+    """nn.Transformer uses the masks that it is given, and does not look whether one is causal: no graph could."""
+    layers = torch.nn.modules.transformer
+    before = layers._detect_is_causal_mask
+    layers._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
+    try:
+        yield
+    finally:
+        layers._detect_is_causal_mask = before
+
+
 def module_path(node: fx.Node) -> str:
     """Dotted path of the innermost module that a captured node came from; "" for the root."""
     stack = node.meta.get("nn_module_stack") or {}

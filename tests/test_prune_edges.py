@@ -77,6 +77,30 @@ def test_a_convolution_with_a_group_for_each_image() -> None:
     assert called(small, torch.randn(5, 3, 8, 8)).shape == (5, 4, 6, 6)
 
 
+class Decoder(nn.Module):
+    """nn.TransformerDecoder with a causal mask that it is not told to be one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerDecoderLayer(16, 4, 32, dropout=0.0)
+        self.first, self.layers, self.last = nn.Linear(6, 16), nn.TransformerDecoder(layer, 2), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(len(x))
+        out: Tensor = self.last(self.layers(self.first(x), memory, tgt_mask=mask))
+        return out
+
+
+def test_a_decoder_that_looks_whether_its_mask_is_causal() -> None:
+    torch.manual_seed(0)
+    model = Decoder().eval()
+    inputs = {"x": torch.randn(7, 3, 6), "memory": torch.randn(5, 3, 16)}
+    assert widths(pruned(model, inputs, ratio=0.5))["layers.layers.0.linear1.weight", 0] == 16
+    whole = pruned(model, inputs, ratio=0.0)
+    inputs["x"] = torch.randn(7, 3, 6)
+    torch.testing.assert_close(called(whole, inputs), called(model, inputs))
+
+
 def test_a_model_that_draws_noise_is_cut_where_no_noise_is_drawn() -> None:
     class Sampler(nn.Module):
         def __init__(self) -> None:
