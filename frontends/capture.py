@@ -127,8 +127,14 @@ def _widen(value: Any, alone: bool) -> Any:
 @contextlib.contextmanager
 def _recording() -> Iterator[None]:
     """Under a caller's no_grad, export would not see which regions of the model are under one."""
-    marked, through = compat.checkpoints_marked(), compat.functions_seen_through()
-    with torch.inference_mode(False), torch.enable_grad(), marked, through, compat.silent():
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        compat.checkpoints_marked(),
+        compat.functions_seen_through(),
+        compat.masks_as_given(),
+        compat.silent(),
+    ):
         yield
 
 

@@ -12,7 +12,9 @@ import torch
 from torch import fx
 
 from ..runtime.program import Program, escapes, source_of, value_of
+from .composite import write_out
 from .match import Call, Literal, Match, Maybe, Stored, Var, full_args
+from .prune.transfer import rule_of
 from .rewrite import Rule, apply_rules
 
 aten = torch.ops.aten
@@ -27,6 +29,7 @@ def canonicalize(program: Program) -> Program:
         program.graph.erase_node(node)
     _drop_counters(program)
     apply_rules(program, EXACT, "canonicalize")
+    write_out(program, rule_of)
     program.tidy()
     return program
 

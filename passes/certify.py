@@ -157,7 +157,9 @@ def _site_values(
         errors[call] = difference([forced[call]], [value]).relative
         return forced[call].clone()
 
-    watch(program, inputs, look)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # a model may draw noise in eval mode too, and two runs are compared
+        watch(program, inputs, look)
     return values, errors
 
 

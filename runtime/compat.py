@@ -14,6 +14,7 @@ import torch._functorch.config
 import torch.export._trace
 import torch.utils.checkpoint
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import meta_utils
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -63,8 +64,47 @@ def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:
 
 def fake_value(mode: FakeTensorMode, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """What `target` would give on the recorded values, without computing it."""
-    with mode, torch.no_grad():
+    # Some calls (recurrent layers) are written for symbolic sizes in Python alone.
+    with mode, torch.no_grad(), enable_python_dispatcher():
         return target(*args, **kwargs)
+
+
+def is_composite(target: Any) -> bool:
+    """Whether torch runs a call as others, whatever the device."""
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(str(target._schema).partition("(")[0], key))
+
+
+def parts_of(mode: FakeTensorMode, node: fx.Node, inputs: Sequence[fx.Node]) -> fx.GraphModule | None:
+    """A composite call as a graph of its parts, one placeholder an input.
+
+    None where it has no graph, or one for the sizes of this example alone.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    values = [n.meta["val"] for n in inputs]
+    target = cast(torch._ops.OpOverload, node.target)
+
+    def call(*given: Any) -> Any:
+        at = dict(zip(inputs, given, strict=True))
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: at[n])
+        return target(*args, **kwargs)
+
+    guards = mode.shape_env
+    if guards is not None and not hasattr(guards, "error_on_new_guards"):  # torch 2.11 has no such thing
+        return None
+    any_size = guards.error_on_new_guards() if guards is not None else contextlib.nullcontext()
+    try:
+        # With autograd on, since the parts may differ where there is a gradient to give, and there may be.
+        with mode, silent(), any_size, enable_python_dispatcher():
+            traced = make_fx(call, tracing_mode="real", _allow_non_fake_inputs=True)(*values)
+    except Exception:  # of any kind: a trace may fail in its own way at each line of the kernel
+        return None
+    parts = {n.op for n in traced.graph.nodes} - {"placeholder", "output"}
+    same = any(n.target is target for n in traced.graph.nodes)
+    return None if same or parts != {"call_function"} else traced
 
 
 def fake_tensor(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
@@ -95,6 +135,18 @@ def silent() -> Iterator[None]:
     finally:
         logging.disable(before)
         del names["print"]
+
+
+@contextlib.contextmanager
+def masks_as_given() -> Iterator[None]:
+    """nn.Transformer uses the masks that it is given, and does not look whether one is causal: no graph could."""
+    layers = torch.nn.modules.transformer
+    before = layers._detect_is_causal_mask
+    layers._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
+    try:
+        yield
+    finally:
+        layers._detect_is_causal_mask = before
 
 
 def module_path(node: fx.Node) -> str:

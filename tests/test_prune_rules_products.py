@@ -138,12 +138,30 @@ CASES = {
         groups=["rows 12: a.weight[0] a.bias[0] b.weight[1] c.weight[0] c.weight[1] c.bias[0]"],
         c=lambda: nn.Linear(12, 12),
     ),
-    "cosine, broadcast": rows(
+    "cosine, every row by every other": rows(
         "cosine_similarity",
-        lambda m, y: y * F.cosine_similarity(y[:, None], m.w[None], dim=-1)[:, :1],
+        lambda m, y: y * F.cosine_similarity(y[:, None], m.w[None], dim=-1).sum(1, keepdim=True),
+        groups=[THROUGH + " w[1]", "rows 5: w[0]"],
+        w=w(5, 12),
+    ),
+    "cosine, a number repeated": rows(
+        "cosine_similarity",
+        lambda m, y: y * F.cosine_similarity(y, m.w, dim=-1)[:, None],
         groups=[],
         stays={"a.weight[0]": "no rule for aten.cosine_similarity"},
-        w=w(5, 12),
+        w=w(1, 1),
+    ),
+    "bilinear": rows(
+        "bilinear",
+        lambda m, y: m.pair(y, m.c(y)),
+        7,
+        groups=[
+            "rows 12: a.weight[0] a.bias[0] c.weight[1] pair.weight[1]",
+            "rows 9: c.weight[0] c.bias[0] pair.weight[2]",
+            "rows 7: pair.weight[0] pair.bias[0] b.weight[1]",
+        ],
+        c=lambda: nn.Linear(12, 9),
+        pair=lambda: nn.Bilinear(12, 9, 7),
     ),
     "cdist": rows(
         "cdist",

@@ -102,13 +102,10 @@ CASES = {
     **{
         name: stays(ops, lambda m, y, op=op: y * op(y, -1))
         for name, ops, op in (
-            ("amax", "amax", lambda y, d: y.amax(d, keepdim=True)),
-            ("amin", "amin", lambda y, d: y.amin(d, keepdim=True)),
             ("argmin", "argmin", lambda y, d: y.argmin(d, keepdim=True)),
-            ("min", "min.dim", lambda y, d: y.min(d, keepdim=True)[0]),
+            ("min, and which", "min.dim", lambda y, d: sum(y.min(d, keepdim=True))),
             ("any", "any.dim", lambda y, d: (y > 0.9).any(d, keepdim=True)),
             ("all", "all.dim", lambda y, d: (y > -0.9).all(d, keepdim=True)),
-            ("logsumexp", "logsumexp", lambda y, d: y.logsumexp(d, keepdim=True)),
             ("prod", "prod.dim_int", lambda y, d: y.prod(d, keepdim=True)),
             ("median", "median.dim", lambda y, d: y.median(d, keepdim=True)[0]),
             ("var", "var.dim", lambda y, d: A.var.dim(y, [d], True, True)),
@@ -135,8 +132,6 @@ CASES = {
             name, lambda m, y, op=op: y * op(m.w), groups=[THROUGH], stays={"w[0]": "it looks at all of it"}, w=odd
         )
         for name, op in (
-            ("max", torch.max),
-            ("min", torch.min),
             ("any", lambda v: (v < 0).any()),
             ("all", lambda v: (v > 0).all()),
             ("prod", torch.prod),
@@ -144,6 +139,24 @@ CASES = {
             ("std", A.std.default),
         )
     },
+    **{
+        f"the {name}": rows(ops, lambda m, y, op=op: y - op(y))
+        for name, ops, op in (
+            ("largest", "amax", lambda y: y.amax(-1, keepdim=True)),
+            ("largest of all", "max", lambda y: y.max()),
+            ("largest, not which", "max.dim", lambda y: y.max(-1, keepdim=True)[0]),
+            ("least", "amin", lambda y: y.amin(-1, keepdim=True)),
+            ("least of all", "min", lambda y: y.min()),
+            ("least, not which", "min.dim", lambda y: y.min(-1, keepdim=True)[0]),
+            ("logarithm of a sum", "logsumexp", lambda y: y.logsumexp(-1, keepdim=True)),
+        )
+    },
+    "the largest of two dimensions": rows(
+        "amax",
+        lambda m, y: y - y.view(4, 3, 4).amax((1, 2), keepdim=True).flatten(1),
+        groups=[f"rows {n}: a.weight[0]/{k} a.bias[0]/{k} b.weight[1]/{k}" for n, k in ((3, 4), (4, 3))],
+    ),
+    "the largest of whole numbers": stays("amax", lambda m, y: y * (y > 0).long().amax(-1, keepdim=True)),
     "max, another dimension": other("max.dim", lambda m, y: y.max(1)[0]),
     "var, another dimension": other("var.correction", lambda m, y: y.var(1, correction=0)),
     "kthvalue, another dimension": other("kthvalue", lambda m, y: y.kthvalue(2, 1)[0]),

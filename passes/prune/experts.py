@@ -53,6 +53,8 @@ def largest(walk: Walk, node: fx.Node, args: Args) -> Any:
     if not walk[x] or dim is None:
         return products.extreme(1, 2)(walk, node, args)
     dim %= len(walk[x])
+    if not products.gives_where(node, walk.values[node]):
+        return products.extremum("largest", 1, 2)(walk, node, args)
     _chosen(walk, node, x, dim)
     rest = [() if i == dim else other for i, other in enumerate(walk[x]) if keep or i != dim]
     return [rest, rest] if isinstance(walk.values[node], list | tuple) else rest
@@ -172,7 +174,7 @@ def scatter(walk: Walk, node: fx.Node, args: Args) -> Any:
     x, dim, by, value = walk[args[0]], args[1], args[2], args[3]
     pointer = walk.pointer(by)
     if pointer is None:
-        return walk.unknown(node)
+        return lookup.scatter(walk, node, args)
     _beside(walk, node, x, dim % len(x), by, pointer)
     walk.role(ROLE, pointer.axis)
     if isinstance(value, fx.Node):

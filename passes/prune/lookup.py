@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
-from .axes import size
+from .axes import Axis, size
 from .walk import Axes, Walk
 
 Args = Sequence[Any]
@@ -61,6 +62,39 @@ def take_along_dim(walk: Walk, node: fx.Node, args: Args) -> Any:
     made = walk.broadcast([() if i == dim else axis for i, axis in enumerate(x)], by)
     made[dim] = by[dim]
     return made
+
+
+def scatter(walk: Walk, node: fx.Node, args: Args) -> Axes:
+    """out[index[i][j]][j] gets values[i][j], or a number: as gather, with the values beside the index."""
+    x, dim, by, values = walk[args[0]], args[1] % max(1, len(walk[args[0]])), walk[args[2]], args[3]
+    beside = [x, by, walk[values]] if isinstance(values, fx.Node) else [x, by]
+    for i, axes in enumerate(zip(*beside, strict=True)):
+        if i == dim:
+            _freeze(walk, axes, f"{node.name}: it is indexed by number")
+        elif len({size(axis) for axis in axes}) == 1:
+            for other in axes[1:]:
+                walk.space.tie(axes[0], other)
+        else:
+            _freeze(walk, axes, f"{node.name}: it is used in part")
+    return x
+
+
+def index_put(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """x[i, :, j] = values: the dimensions that are indexed are frozen; one number may be put where a mask says so."""
+    x, values = walk[args[0]], walk[args[2]]
+    given = [by for by in args[1] if by is not None]
+    if len(args[1]) == 1 and walk.values[given[0]].dtype == torch.bool and all(size(axis) == 1 for axis in values):
+        walk.broadcast(x[: len(walk[given[0]])], walk[given[0]])
+        return x
+    if any(walk.values[by].dtype == torch.bool for by in given):
+        return walk.unknown(node)
+    walk.broadcast(index(walk, node, args), values)
+    return x
+
+
+def _freeze(walk: Walk, axes: Sequence[Axis], reason: str) -> None:
+    for axis in axes:
+        walk.space.freeze(axis, reason)
 
 
 def index_add(walk: Walk, node: fx.Node, args: Args) -> Axes:

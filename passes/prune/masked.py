@@ -13,6 +13,7 @@ Masks of axes are made in the graph from those of leaves, so that what trains a 
 from __future__ import annotations
 
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -75,7 +76,10 @@ class Masks:
 
     def beside(self, axis: Axis, x: fx.Node, dim: int) -> fx.Node:
         """The mask of an axis as it multiplies dimension `dim` (negative) of x, in x's dtype."""
-        mask, dtype = self.axis(axis), value_of(x).dtype
+        dtype = value_of(x).dtype
+        if not isinstance(value_of(x).shape[dim], int):
+            return self._as_long_as(x, dim, axis, dtype)
+        mask = self.axis(axis)
         key = (mask, dim, dtype)
         if key not in self._shaped:
             before = self.anchor
@@ -84,6 +88,17 @@ class Masks:
                 shaped = self.program.emit(aten.to.dtype, shaped, dtype, like=before)
             self._shaped[key] = shaped
         return self._shaped[key]
+
+    def _as_long_as(self, x: fx.Node, dim: int, axis: Axis, dtype: torch.dtype) -> fx.Node:
+        """For a dimension [batch, c], say: the mask of what is cut, as often as it takes at this size."""
+        axis = norm(axis)
+        while not is_cut(axis[:1], self.of):
+            axis = axis[1:]
+        emit, after = self.program.emit, x.next
+        times = emit(operator.floordiv, emit(aten.sym_size.int, x, dim, like=after), size(axis), like=after)
+        mask = emit(aten.repeat.default, self.axis(axis), [times], like=after)
+        mask = emit(aten.reshape.default, mask, [-1] + [1] * (-dim - 1), like=after)
+        return emit(aten.to.dtype, mask, dtype, like=after)
 
 
 def masked(walk: Walk, masks: Masks) -> Program:
@@ -117,12 +132,16 @@ def _times_masks(masks: Masks, node: fx.Node, x: fx.Node, endings: Endings, prod
     for ending, axis in endings:
         dim = ending.dim if ending.dim < 0 else ending.dim - value_of(x).dim()
         mask = masks.beside(axis, x, dim)
-        if not value_of(node).dtype.is_floating_point:  # counts have no gradient to give
+        if _counts(value_of(node)):  # counts have no gradient to give
             mask = masks.program.emit(aten.detach.default, mask, like=node)
         if (x, mask) not in products:
             products[x, mask] = masks.program.emit(aten.mul.Tensor, x, mask, like=node)
         x = products[x, mask]
     return x
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not (value.is_floating_point() or value.is_complex())
 
 
 def _zero(masks: Masks, node: fx.Node, endings: Endings, products: Products) -> None:
@@ -155,19 +174,26 @@ def _counted(masks: Masks, axis: Axis, dtype: torch.dtype) -> fx.Node:
     return masks.program.emit(aten.to.dtype, total, dtype, like=masks.anchor)
 
 
+def _never(far: float) -> Callable[[Masks, fx.Node, Endings, Products], None]:
+    """What is cut is as far off as can be, so that it is never the largest, or the smallest."""
+
+    def form(masks: Masks, node: fx.Node, endings: Endings, products: Products) -> None:
+        x = operand(endings[0][0])
+        for ending, axis in endings:
+            mask = masks.program.emit(aten.ne.Scalar, masks.beside(axis, x, ending.dim), 0, like=node)
+            x = masks.program.emit(aten.where.ScalarOther, mask, x, far, like=node)
+        node.update_arg(0, x)
+
+    return form
+
+
 def _softmax(masks: Masks, node: fx.Node, endings: Endings, products: Products) -> None:
-    _largest(masks, node, endings, products)
+    _never(-math.inf)(masks, node, endings, products)
     # 0 is 0 already: this is for the gradient, which no choice of -inf gives to a mask that is learned.
     (ending, axis), readers = endings[0], list(node.users)
     product = masks.program.emit(aten.mul.Tensor, node, masks.beside(axis, node, ending.dim), like=node.next)
     for user in readers:
         user.replace_input_with(node, product)
-
-
-def _largest(masks: Masks, node: fx.Node, endings: Endings, products: Products) -> None:
-    (ending, axis), x = endings[0], operand(endings[0][0])
-    mask = masks.program.emit(aten.ne.Scalar, masks.beside(axis, x, ending.dim), 0, like=node)
-    node.update_arg(0, masks.program.emit(aten.where.ScalarOther, mask, x, -math.inf, like=node))
 
 
 def _normalised(
@@ -256,7 +282,8 @@ FORMS: dict[str, Callable[[Masks, fx.Node, Endings, Products], None]] = {
     "zero": _zero,
     "mean": _mean,
     "softmax": _softmax,
-    "largest": _largest,
+    "largest": _never(-math.inf),
+    "smallest": _never(math.inf),
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
     "group_norm": _group_norm,

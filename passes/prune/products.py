@@ -1,4 +1,4 @@
-"""Transfer rules of calls that sum over an axis: products, convolutions, norms, reductions, attention.
+"""Transfer rules of calls that sum over an axis: products, norms, reductions, attention.
 
 A sum over an axis is an ending: there a cut index must count for nothing, so one operand reads zero at it. A mean, a
 norm or a softmax over an axis is one too: it takes its statistic from the indices that are kept.
@@ -63,13 +63,14 @@ def inner(walk: Walk, node: fx.Node, args: Args) -> Any:
 
 def cosine_similarity(walk: Walk, node: fx.Node, args: Args) -> Any:
     """Over one dimension: both norms are taken over it too, so either operand reads zero."""
-    x, y, dim = walk[args[0]], walk[args[1]], args[2]
-    if [size(axis) for axis in x] != [size(axis) for axis in y] or not x:
-        return walk.unknown(node)
+    x, y = walk[args[0]], walk[args[1]]
     made = walk.broadcast(x, y)
+    dim = args[2] % len(made) - len(made) if made else 0
+    if min(len(x), len(y)) < -dim or not made or size(x[dim]) != size(y[dim]):  # one of them is repeated along it
+        return walk.unknown(node)
     for argument in (0, 1):
-        walk.end(node, argument, dim % len(x) - len(x))
-    return _reduced(made, [dim % len(x)], keep=False)
+        walk.end(node, argument, dim)
+    return _reduced(made, [dim % len(made)], keep=False)
 
 
 def cdist(walk: Walk, node: fx.Node, args: Args) -> Axes:
@@ -133,64 +134,6 @@ def _spelled(equation: str, depths: Sequence[int]) -> tuple[list[str], str]:
         right = "..." * ("." in left) + "".join(sorted(c for c in set(left) - set(".,") if left.count(c) == 1))
     terms = [term.replace(".", places[len(places) - n :]) for term, n in zip(given, dots, strict=True)]
     return terms, right.replace("...", places)
-
-
-def convolution(spatial: int) -> Rule:
-    """x (B, C, *space) with w (O, C / groups, *space); grouped: C = [g, i], O = [g, o]."""
-
-    def rule(walk: Walk, node: fx.Node, args: Args) -> Axes:
-        x, w, b, groups = args[0], args[1], args[2], int(args[6])
-        channels, out = walk[x][-spatial - 1], walk[w][0]
-        for axis in (*walk[x][-spatial:], *walk[w][2:]):
-            walk.space.freeze(axis, f"{node.name}: a convolution moves along it")
-        if groups == 1:
-            walk.space.tie(channels, walk[w][1])
-        else:
-            out = _grouped(walk, groups, channels, walk[w][1], out)
-            walk.size(node, 6, out[:1])
-        if b is not None:
-            walk.space.tie(walk[w][0], walk[b][0])
-        walk.end(node, 0, -spatial - 1)
-        walk.role("channels", channels, walk[w][0])
-        return [*walk[x][: -spatial - 1], walk[w][0], *_space(walk, node, spatial)]
-
-    return rule
-
-
-def _grouped(walk: Walk, groups: int, channels: Axis, inner: Axis, out: Axis) -> Axis:
-    """Tie C = [g, i] and O = [g, o]; gives [g]."""
-    g = walk.space.axis(groups)
-    walk.space.tie(channels, (*g, *inner))
-    walk.space.tie(out, (*g, *walk.space.axis(size(out) // groups)))
-    return g
-
-
-def convolution_transposed(spatial: int) -> Rule:
-    """x (B, C, *space) with w (C, O / groups, *space)."""
-
-    def rule(walk: Walk, node: fx.Node, args: Args) -> Axes:
-        x, w, b, groups = args[0], args[1], args[2], int(args[6])
-        channels, inner = walk[x][-spatial - 1], walk[w][1]
-        for axis in (*walk[x][-spatial:], *walk[w][2:]):
-            walk.space.freeze(axis, f"{node.name}: a convolution moves along it")
-        walk.space.tie(channels, walk[w][0])
-        out = inner
-        if groups > 1:
-            g = walk.space.axis(groups)
-            walk.space.tie(channels, (*g, *walk.space.axis(size(channels) // groups)))
-            out = (*g, *inner)
-            walk.size(node, 6, g)
-        if b is not None:
-            walk.space.tie(out, walk[b][0])
-        walk.end(node, 0, -spatial - 1)
-        walk.role("channels", channels, out)
-        return [*walk[x][: -spatial - 1], out, *_space(walk, node, spatial)]
-
-    return rule
-
-
-def _space(walk: Walk, node: fx.Node, spatial: int) -> Axes:
-    return [walk.space.axis(n, f"{node.name}: space") for n in walk.shape(node)[-spatial:]]
 
 
 def embedding(walk: Walk, node: fx.Node, args: Args) -> Axes:
@@ -294,6 +237,41 @@ def vector_norm(walk: Walk, node: fx.Node, args: Args) -> Any:
     negative = isinstance(args[1], int | float) and args[1] < 0
     rule = extreme(2, 3) if negative else reduction("zero", 2, 3)
     return rule(walk, node, args)
+
+
+def bilinear(walk: Walk, node: fx.Node, args: Args) -> Axes:
+    """x (..., I), y (..., J), w (O, I, J): x w[o] y + b[o]."""
+    x, y, w, b = args
+    walk.space.tie(walk[x][-1], walk[w][1])
+    walk.space.tie(walk[y][-1], walk[w][2])
+    if b is not None:
+        walk.space.tie(walk[w][0], walk[b][0])
+    for argument in (0, 1):
+        walk.end(node, argument, -1)
+    return [*walk.broadcast(walk[x][:-1], walk[y][:-1]), walk[w][0]]
+
+
+def extremum(how: Any, dims_at: int | None, keep_at: int | None) -> Rule:
+    """The largest or smallest along `dims`, all of them where there are none: what is cut is infinitely far off."""
+    plain = extreme(dims_at, keep_at)
+
+    def rule(walk: Walk, node: fx.Node, args: Args) -> Any:
+        x, value = walk[args[0]], walk.values[node]
+        where = isinstance(value, list | tuple) and gives_where(node, value)
+        if where or not walk.values[args[0]].dtype.is_floating_point:
+            return plain(walk, node, args)
+        dims = _dims(args[dims_at] if dims_at is not None else None, len(x))
+        for dim in dims:
+            walk.end(node, 0, dim - len(x), how)
+        made = _reduced(x, dims, keep=keep_at is not None and bool(args[keep_at]))
+        return [made for _ in value] if isinstance(value, list | tuple) else made
+
+    return rule
+
+
+def gives_where(node: fx.Node, value: Any) -> bool:
+    """Whether a call says where the largest or smallest is, and not only how much, and anything reads that."""
+    return not isinstance(value, list | tuple) or any(user.args[1:] != (0,) for user in node.users)
 
 
 def extreme(dims_at: int | None, keep_at: int | None) -> Rule:

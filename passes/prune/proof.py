@@ -95,7 +95,8 @@ def randomised(store: Store, seed: int) -> Store:
     for name, value in list(other.entries()):
         if not isinstance(value, Tensor) or not value.is_floating_point():
             if isinstance(value, Tensor):
-                other.put(name, value.clone(), persistent=other.is_persistent(name))
+                copied = value.detach().to(torch.complex128) if value.is_complex() else value.clone()
+                other.put(name, copied, persistent=other.is_persistent(name))
             continue
         wide = value.detach().double()
         if isinstance(value, nn.Parameter):
@@ -109,7 +110,8 @@ def randomised(store: Store, seed: int) -> Store:
     return other
 
 
-_SMALLER = (torch.float16, torch.bfloat16, torch.float32)
+_WIDER = dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.float64)
+_WIDER |= dict.fromkeys((torch.complex32, torch.complex64), torch.complex128)
 
 
 _DROPOUT = (aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default)
@@ -150,4 +152,4 @@ def _creates(node: fx.Node) -> bool:
 
 
 def _widened(value: Any) -> Any:
-    return torch.float64 if isinstance(value, torch.dtype) and value in _SMALLER else value
+    return _WIDER.get(value, value) if isinstance(value, torch.dtype) else value

@@ -27,6 +27,8 @@ _SPLITS = (
     *(aten.split.Tensor, aten.chunk.default, aten.split.sizes),
     *(aten.tensor_split.sections, aten.tensor_split.indices),
 )
+# Their parts may be written in place, which autograd forbids for those of the others.
+_OWN_SPLITS = (aten.unsafe_split.Tensor, aten.unsafe_chunk.default)
 _SQUEEZES = (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
 
 
@@ -71,10 +73,12 @@ def _put(program: Program, name: str, value: Tensor, old: Tensor) -> None:
 
 def _rewrite(program: Program, walk: Walk, node: fx.Node, numbers: list[Size], of: Kept) -> None:
     arguments: list[Any] = list(full_args(node))
-    if node.target in _SPLITS:
+    if node.target in (*_SPLITS, *_OWN_SPLITS):
         lengths = [count(number.axis, of) for number in numbers]
         dim = arguments[2]
-        node.target, node.args, node.kwargs = aten.split_with_sizes.default, (arguments[0], lengths, dim), {}
+        own = node.target in _OWN_SPLITS
+        node.target = aten.unsafe_split_with_sizes.default if own else aten.split_with_sizes.default
+        node.args, node.kwargs = (arguments[0], lengths, dim), {}
         return
     if node.target in _SQUEEZES:
         shape = walk.shape(arguments[0])

@@ -1,5 +1,5 @@
-"""Which transfer rule serves which call. A new rule is a function in `products.py`, `shapes.py`, `lookup.py` or
-`windows.py`, and a line here."""
+"""Which transfer rule serves which call. A new rule is a function in `products.py`, `shapes.py`, `lookup.py`,
+`windows.py`, `recurrent.py` or `spectral.py`, and a line here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import experts, lookup, products, shapes, windows
+from . import experts, lookup, products, recurrent, shapes, spectral, windows
 from .walk import Axes, Rule, Walk
 
 aten = torch.ops.aten
@@ -40,15 +40,19 @@ TRANSFER: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (products.cdist, ("cdist",)),
     (products.weight_norm, ("_weight_norm",)),
     (products.einsum, ("einsum",)),
-    (products.convolution(1), ("conv1d", "conv1d.padding")),
-    (products.convolution(2), ("conv2d", "conv2d.padding")),
-    (products.convolution(3), ("conv3d", "conv3d.padding")),
-    (products.convolution_transposed(1), ("conv_transpose1d",)),
-    (products.convolution_transposed(2), ("conv_transpose2d.input",)),
-    (products.convolution_transposed(3), ("conv_transpose3d.input",)),
+    (windows.convolution(1), ("conv1d", "conv1d.padding")),
+    (windows.convolution(2), ("conv2d", "conv2d.padding")),
+    (windows.convolution(3), ("conv3d", "conv3d.padding")),
+    (windows.convolution_transposed(1), ("conv_transpose1d",)),
+    (windows.convolution_transposed(2), ("conv_transpose2d.input",)),
+    (windows.convolution_transposed(3), ("conv_transpose3d.input",)),
     (products.embedding, ("embedding",)),
     (products.embedding_bag, ("embedding_bag", "embedding_bag.padding_idx")),
     (products.attention, ("scaled_dot_product_attention",)),
+    (products.bilinear, ("bilinear",)),
+    (recurrent.lstm, ("lstm.input",)),
+    (recurrent.plain(3), ("gru.input",)),
+    (recurrent.plain(1), ("rnn_tanh.input", "rnn_relu.input")),
     (products.grouped_mm, ("grouped_mm_fallback", "_grouped_mm")),
     # statistics
     (products.batch_norm, ("batch_norm",)),
@@ -64,12 +68,15 @@ TRANSFER: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (products.reduction("zero", 1, 2), ("nansum",)),
     (products.vector_norm, ("linalg_vector_norm", "norm.ScalarOpt_dim")),
     (products.reduction("zero", None, None), ("sum",)),
-    (products.extreme(1, 2), ("amax", "amin", "argmin", "min.dim", "any.dim", "all.dim")),
-    (products.extreme(1, 2), ("logsumexp", "prod.dim_int", "median.dim")),
+    (products.extremum("largest", 1, 2), ("amax", "logsumexp")),
+    (products.extremum("smallest", 1, 2), ("amin", "min.dim")),
+    (products.extremum("largest", None, None), ("max",)),
+    (products.extremum("smallest", None, None), ("min",)),
+    (products.extreme(1, 2), ("argmin", "any.dim", "all.dim", "prod.dim_int", "median.dim")),
     (products.extreme(1, 3), ("var.dim", "std.dim", "var.correction", "std.correction")),
     (products.extreme(1, 3), ("var_mean.dim", "std_mean.dim", "var_mean.correction", "std_mean.correction")),
     (products.extreme(2, 3), ("kthvalue",)),
-    (products.extreme(None, None), ("max", "min", "any", "all", "prod", "var", "std")),
+    (products.extreme(None, None), ("any", "all", "prod", "var", "std")),
     # moves
     (shapes.view, ("view", "reshape", "_unsafe_view")),
     (shapes.flatten, ("flatten.using_ints", "ravel")),
@@ -94,6 +101,7 @@ TRANSFER: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (shapes.narrow, ("narrow",)),
     (shapes.split, ("split.Tensor", "split_with_sizes", "chunk", "split.sizes")),
     (shapes.split, ("tensor_split.sections", "tensor_split.indices")),
+    (shapes.split, ("unsafe_split.Tensor", "unsafe_split_with_sizes", "unsafe_chunk")),
     (shapes.pad, ("pad", "constant_pad_nd")),
     (shapes.spatial(1), ("adaptive_avg_pool1d", "adaptive_max_pool1d", "avg_pool1d", "max_pool1d")),
     (shapes.spatial(1), ("upsample_nearest1d.vec", "upsample_linear1d.vec", "max_pool1d_with_indices")),
@@ -120,6 +128,8 @@ TRANSFER: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (experts.scatter, ("scatter.value", "scatter_.value", "scatter.src", "scatter_.src")),
     (lookup.index_select, ("index_select",)),
     (lookup.index_add, ("index_add", "index_add_", "index_copy", "index_copy_")),
+    (lookup.scatter, ("scatter_add", "scatter_add_", "scatter_reduce.two", "scatter_reduce_.two")),
+    (lookup.index_put, ("index_put", "index_put_")),
     (shapes.created(0), ("zeros", "ones", "empty.memory_format", "full")),
     (shapes.created(1), ("new_zeros", "new_ones", "new_empty", "new_full")),
     (shapes.counted, ("arange", "arange.start", "arange.start_step", "linspace", "eye", "eye.m")),
@@ -135,6 +145,13 @@ TRANSFER: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (windows.grid_sampler, ("grid_sampler",)),
     (windows.unpool, ("max_unpool2d",)),
     (windows.triangle, ("tril", "triu")),
+    # complex numbers
+    (spectral.as_complex, ("view_as_complex",)),
+    (spectral.as_real, ("view_as_real",)),
+    (first, ("real", "imag", "_conj", "resolve_conj")),
+    (elementwise, ("complex", "polar")),
+    (shapes.along(2), ("fft_fft", "fft_ifft", "fft_rfft", "fft_irfft", "fft_fft2", "fft_ifft2")),
+    (shapes.along(2), ("fft_rfft2", "fft_irfft2", "fft_fftn", "fft_ifftn", "fft_rfftn", "fft_irfftn")),
     # calls without arithmetic of their own
     (first, ("contiguous", "clone", "alias", "detach", "detach_", "lift_fresh_copy", "_to_copy", "requires_grad_")),
     (first, ("to.dtype", "to.dtype_layout", "to.device", "to.other", "type_as")),

@@ -28,7 +28,7 @@ from ..watch import watch
 from .axes import Atom, Axis, Space, leaves, size
 
 Axes = list[Axis]
-How = Literal["zero", "mean", "softmax", "largest", "layer_norm", "rms_norm", "group_norm", "batch_norm"]
+How = Literal["zero", "mean", "softmax", "largest", "smallest", "layer_norm", "rms_norm", "group_norm", "batch_norm"]
 
 
 @dataclass(frozen=True)
@@ -161,8 +161,10 @@ class Walk:
     def _of_stored(self, name: str, value: Any) -> Axes:
         name = self.program.store.canonical(name)
         if name not in self.stored:
-            free = isinstance(value, Tensor) and value.is_floating_point() and not name.startswith("constants.")
-            self.stored[name] = self.fresh(value, None if free else f"{name} is a constant")
+            kept = not isinstance(value, Tensor) or name.startswith("constants.")
+            free = not kept and value.is_floating_point()
+            why = "its numbers are complex" if not kept and value.is_complex() else f"{name} is a constant"
+            self.stored[name] = self.fresh(value, None if free else why)
         return self.stored[name]
 
     def fresh(self, value: Any, reason: str | None) -> Any:

@@ -1,4 +1,4 @@
-"""Transfer rules of calls that know channels and space: shuffles, windows, sampling, triangles."""
+"""Transfer rules of calls that know channels and space: convolutions, shuffles, windows, sampling, triangles."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from .axes import Axis, size
-from .walk import Axes, Walk
+from .walk import Axes, Rule, Walk
 
 Args = Sequence[Any]
 
@@ -28,6 +28,68 @@ def _channels_of(walk: Walk, node: fx.Node, axis: Axis, each: int) -> Axis:
     walk.space.tie(axis, (*c, *inside))
     walk.space.freeze(inside, f"{node.name}: it becomes space")
     return c
+
+
+def convolution(spatial: int) -> Rule:
+    """x (B, C, *space) with w (O, C / groups, *space); grouped: C = [g, i], O = [g, o]."""
+
+    def rule(walk: Walk, node: fx.Node, args: Args) -> Axes:
+        x, w, b, groups = args[0], args[1], args[2], walk.number(args[6])
+        channels, out = walk[x][-spatial - 1], walk[w][0]
+        for axis in (*walk[x][-spatial:], *walk[w][2:]):
+            walk.space.freeze(axis, f"{node.name}: a convolution moves along it")
+        if groups == 1:
+            walk.space.tie(channels, walk[w][1])
+        else:
+            g = _grouped(walk, groups, channels, walk[w][1], out)
+            _groups(walk, node, args[6], g)
+        if b is not None:
+            walk.space.tie(walk[w][0], walk[b][0])
+        walk.end(node, 0, -spatial - 1)
+        walk.role("channels", channels, walk[w][0])
+        return [*walk[x][: -spatial - 1], walk[w][0], *_space(walk, node, spatial)]
+
+    return rule
+
+
+def _groups(walk: Walk, node: fx.Node, groups: Any, axis: Axis) -> None:
+    """Their number goes by the axis; one that goes by the input (a filter for each image) freezes it."""
+    if isinstance(groups, fx.Node):
+        walk.space.freeze(axis, f"{node.name}: as many groups as the input says")
+    else:
+        walk.size(node, 6, axis)
+
+
+def _grouped(walk: Walk, groups: int, channels: Axis, inner: Axis, out: Axis) -> Axis:
+    """Tie C = [g, i] and O = [g, o]; gives [g]."""
+    g = walk.space.axis(groups)
+    walk.space.tie(channels, (*g, *inner))
+    walk.space.tie(out, (*g, *walk.space.axis(size(out) // groups)))
+    return g
+
+
+def convolution_transposed(spatial: int) -> Rule:
+    """x (B, C, *space) with w (C, O / groups, *space)."""
+
+    def rule(walk: Walk, node: fx.Node, args: Args) -> Axes:
+        x, w, b, groups = args[0], args[1], args[2], walk.number(args[6])
+        channels, inner = walk[x][-spatial - 1], walk[w][1]
+        for axis in (*walk[x][-spatial:], *walk[w][2:]):
+            walk.space.freeze(axis, f"{node.name}: a convolution moves along it")
+        walk.space.tie(channels, walk[w][0])
+        out = inner
+        if groups > 1:
+            g = walk.space.axis(groups)
+            walk.space.tie(channels, (*g, *walk.space.axis(size(channels) // groups)))
+            out = (*g, *inner)
+            _groups(walk, node, args[6], g)
+        if b is not None:
+            walk.space.tie(out, walk[b][0])
+        walk.end(node, 0, -spatial - 1)
+        walk.role("channels", channels, out)
+        return [*walk[x][: -spatial - 1], out, *_space(walk, node, spatial)]
+
+    return rule
 
 
 def pixel_shuffle(walk: Walk, node: fx.Node, args: Args) -> Axes:
