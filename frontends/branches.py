@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx
 
-from ..runtime import compat
+from ..runtime import tracing
 from ..runtime.errors import CaptureError
 from ..runtime.program import checks
 
@@ -40,7 +40,7 @@ class Branches:
     def followed(self) -> Iterator[None]:
         """Inside, one attempt in which branches go as they go for the example."""
         self.lines.clear()
-        with compat.values_followed(self._decide):
+        with tracing.values_followed(self._decide):
             yield
 
     def _decide(self, value: Tensor, truth: bool) -> None:
@@ -60,4 +60,4 @@ class Branches:
                 cure="make these lines independent of tensor values",
             )
         if self.lines:
-            compat.forget_values(graph)
+            tracing.forget_values(graph)

@@ -24,7 +24,7 @@ from torch.export import Dim
 from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 from torch.utils import _pytree as pytree
 
-from ..runtime import compat
+from ..runtime import compat, tracing
 from ..runtime.contract import Contract, Input
 from ..runtime.errors import CaptureError
 from ..runtime.program import Program
@@ -130,10 +130,10 @@ def _recording() -> Iterator[None]:
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
-        compat.checkpoints_marked(),
-        compat.functions_seen_through(),
-        compat.masks_as_given(),
-        compat.silent(),
+        tracing.checkpoints_marked(),
+        tracing.functions_seen_through(),
+        tracing.masks_as_given(),
+        tracing.silent(),
     ):
         yield
 
@@ -193,7 +193,7 @@ def _export(
                 return exported.module(), exported.range_constraints, names
             except Exception as error:  # whatever the model's code or export raises is the reason to report
                 failures.append(error)
-        if not any(isinstance(error, compat.UNDECIDED) for error in failures):
+        if not any(isinstance(error, tracing.UNDECIDED) for error in failures):
             break
     failure = failures[0]
     _require_served(model, fixed, store)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from ..runtime import compat
+from ..runtime import compat, tracing
 from ..runtime.program import Program
 
 
@@ -40,7 +40,7 @@ def _is_whole(node: fx.Node) -> bool:
 def _written_out(program: Program, node: fx.Node, mode: Any) -> list[fx.Node]:
     """The calls in its place; none where it cannot be traced, or only at the sizes of the example."""
     inputs = node.all_input_nodes
-    parts = compat.parts_of(mode, node, inputs)
+    parts = tracing.parts_of(mode, node, inputs)
     if parts is None:
         return []
     made: dict[fx.Node, Any] = dict(zip(parts.graph.find_nodes(op="placeholder"), inputs, strict=True))
