@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 from ..runtime import compat, tracing
 from ..runtime.contract import Contract, Input
 from ..runtime.errors import CaptureError
-from ..runtime.program import Program
+from ..runtime.program import Program, writes
 from ..runtime.store import Store
 from ..runtime.structure import describe, flatten
 from .branches import Branches, user_frame
@@ -306,16 +306,19 @@ def _inline(node: fx.Node, graph: fx.Graph, values: dict[fx.Node, Any], store: S
     body = values[node.args[position]]  # type: ignore[index]  # a node by construction
     inner: dict[fx.Node, Any] = {}
     arguments = iter(node.args[position + 1 :])
+    ungraded = node.target is torch.ops.higher_order.wrap_with_set_grad_enabled and node.args[0] is False
+    apart = ungraded and any(writes(n) for n in body.graph.nodes)  # what is written depends on nothing that is trained
     result: Any = None
     for n in body.graph.nodes:
         if n.op == "placeholder":
             argument = next(arguments)
-            inner[n] = values[argument] if isinstance(argument, fx.Node) else argument
+            value = values[argument] if isinstance(argument, fx.Node) else argument
+            inner[n] = _detach(graph, value) if apart and isinstance(value, fx.Node) and _is_tensor(value) else value
         elif n.op == "output":
             result = fx.node.map_arg(n.args[0], lambda a: inner[a])
         else:
             inner[n] = _copy(n, body, graph, inner, store)
-    if node.target is torch.ops.higher_order.wrap_with_set_grad_enabled and node.args[0] is False:
+    if ungraded:
         result = pytree.tree_map_only(fx.Node, lambda n: _detach(graph, n) if _is_tensor(n) else n, result)
     return _Tuple(result)
 

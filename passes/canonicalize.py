@@ -28,6 +28,7 @@ def canonicalize(program: Program) -> Program:
     for node in program.calls(*_CHECKS):
         program.graph.erase_node(node)
     _drop_counters(program)
+    _write_afterwards(program)
     apply_rules(program, EXACT, "canonicalize")
     write_out(program, rule_of)
     program.tidy()
@@ -42,6 +43,25 @@ def _drop_counters(program: Program) -> None:
         name = program.tensor_of(node.args[0])
         if name is not None and name.endswith("num_batches_tracked") and not node.users:
             program.graph.erase_node(node)
+
+
+def _write_afterwards(program: Program) -> None:
+    """f(x, out=y) -> y.copy_(f(x)): what writes is always the call's first argument, and autograd takes it."""
+    for node in [n for n in program.graph.nodes if n.op == "call_function" and "out" in n.kwargs]:
+        plain = _without_out(node.target)
+        if plain is not None:
+            given = {name: value for name, value in node.kwargs.items() if name != "out"}
+            made = program.emit(plain, *node.args, like=node, **given)
+            node.replace_all_uses_with(program.emit(aten.copy_.default, node.kwargs["out"], made, like=node))
+            program.graph.erase_node(node)
+
+
+def _without_out(target: Any) -> Any:
+    """The overload that takes all else and gives a new tensor; None where there is none."""
+    packet, schema = target.overloadpacket, target._schema
+    wanted = [(a.name, str(a.type)) for a in schema.arguments if not a.is_out]
+    others = (getattr(packet, name) for name in packet.overloads())
+    return next((o for o in others if [(a.name, str(a.type)) for a in o._schema.arguments] == wanted), None)
 
 
 def _input(program: Program, found: Match) -> Any:

@@ -70,6 +70,22 @@ def test_empty_recipe_equals_eager(name: str, training: bool) -> None:
         assert torch.equal(student.state_dict()[student.store.canonical(key)], value), key
 
 
+@pytest.mark.filterwarnings("ignore:The tensor attribute")
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+def test_what_a_forward_writes_without_gradients(norm: Any) -> None:
+    """Spectral norms iterate under no_grad, into their buffers."""
+    torch.manual_seed(0)
+    model = nn.Sequential(norm(nn.Linear(8, 16)), nn.ReLU(), norm(nn.Linear(16, 4))).train()
+    inputs = {"input": torch.randn(5, 8)}
+    student = dwindle.prepare(model, {}, inputs=inputs)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for _ in range(2):
+        _assert_equal(model, student, inputs)
+    for key, value in model.state_dict().items():
+        assert torch.equal(student.state_dict()[key], value), key
+    assert any(not torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize("name", list(ZOO))
 def test_static_shapes_and_compress(name: str) -> None:
     model, inputs = ZOO[name]()
