@@ -376,3 +376,38 @@ def test_a_model_whose_output_is_never_finite_is_refused() -> None:
 
     with pytest.raises(CaptureError, match="nothing finite"):
         pruned(Lost().eval(), X, ratio=0.5)
+
+
+class Spectral(nn.Module):
+    """A Fourier layer, whose weights are complex (Li et al. 2021)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(2, 12), nn.Linear(12, 1)
+        self.weight = nn.Parameter(torch.randn(12, 16, 5, dtype=torch.cfloat) * 0.1)
+        self.then = nn.Conv1d(16, 12, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.fft.rfft(self.first(x).permute(0, 2, 1))[:, :, :5]
+        x = torch.fft.irfft(torch.einsum("bix,iox->box", x, self.weight), n=8)
+        out: Tensor = self.last(self.then(x).relu().permute(0, 2, 1))
+        return out
+
+
+@pytest.mark.parametrize("score", ["l1", "l2"])
+def test_complex_weights_are_cut(score: str) -> None:
+    torch.manual_seed(0)
+    model, x = Spectral().eval(), torch.randn(3, 8, 2)
+    with torch.no_grad():
+        model.weight[:, 3] = 0.01  # large in its imaginary part alone
+        model.weight[:, 3].imag.fill_(9.0)
+        model.weight[:, 5] *= 0.01
+        model.then.weight[:, (3, 5)] = 0.1
+    small = pruned(model, x, ratio=0.5, score=score)
+    assert (widths(small)["weight", 0], widths(small)["weight", 1]) == (6, 8)
+    cut = next(edit.removed for edit in small.plan.slices if (edit.fqn, edit.dim) == ("weight", 1))
+    assert 5 in cut
+    assert 3 not in cut
+    small.train()
+    small(x).sum().backward()
+    assert small.get_parameter("weight").grad is not None

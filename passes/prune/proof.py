@@ -93,15 +93,16 @@ def randomised(store: Store, seed: int) -> Store:
     """A store of its own with random float64 tensors near those there; buffers keep their sign."""
     other, generator = store.fork(), torch.Generator().manual_seed(seed)
     for name, value in list(other.entries()):
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            if isinstance(value, Tensor):
-                copied = value.detach().to(torch.complex128) if value.is_complex() else value.clone()
-                other.put(name, copied, persistent=other.is_persistent(name))
+        if not isinstance(value, Tensor):
             continue
-        wide = value.detach().double()
+        if not (value.is_floating_point() or (value.is_complex() and isinstance(value, nn.Parameter))):
+            copied = value.detach().to(torch.complex128) if value.is_complex() else value.clone()
+            other.put(name, copied, persistent=other.is_persistent(name))
+            continue
+        wide = value.detach().to(torch.complex128 if value.is_complex() else torch.float64)
         if isinstance(value, nn.Parameter):
             fan = max(1, wide.numel() // max(1, wide.shape[0])) if wide.dim() > 1 else 10
-            noise = torch.randn(wide.shape, generator=generator, dtype=torch.float64) * (0.5 * fan**-0.5)
+            noise = torch.randn(wide.shape, generator=generator, dtype=wide.dtype) * (0.5 * fan**-0.5)
             other.put(name, nn.Parameter(wide + noise, requires_grad=value.requires_grad))
         else:
             factor = 0.75 + 0.5 * torch.rand(wide.shape, generator=generator, dtype=torch.float64)

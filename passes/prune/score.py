@@ -49,7 +49,10 @@ NOTHING = Evidence()
 
 
 def elements(w: Tensor, g: Tensor | None, method: Method) -> Tensor:
-    """What each number adds to the sum of its index, in fp64 and w's shape."""
+    """What each number adds to the sum of its index, in fp64 and w's shape; of a complex one both parts do."""
+    if w.is_complex():
+        parts = None if g is None else torch.view_as_real(g)
+        return elements(torch.view_as_real(w), parts, method).sum(-1)
     w = w.detach().double()
     if method == "l1":
         return w.abs()

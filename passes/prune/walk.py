@@ -162,9 +162,8 @@ class Walk:
         name = self.program.store.canonical(name)
         if name not in self.stored:
             kept = not isinstance(value, Tensor) or name.startswith("constants.")
-            free = not kept and value.is_floating_point()
-            why = "its numbers are complex" if not kept and value.is_complex() else f"{name} is a constant"
-            self.stored[name] = self.fresh(value, None if free else why)
+            free = not kept and (value.is_floating_point() or value.is_complex())
+            self.stored[name] = self.fresh(value, None if free else f"{name} is a constant")
         return self.stored[name]
 
     def fresh(self, value: Any, reason: str | None) -> Any:
