@@ -303,7 +303,9 @@ def test_layer_reduction() -> None:
     kept = migration.of("layer_reduction.keep_number_layer")
     assert kept.verdict == NO_EFFECT
     assert "never reads it" in kept.note
-    assert migration.of("layer_reduction.teacher_layer").verdict == NOT_YET
+    assert migration.of("layer_reduction.teacher_layer").to == "depth keep_layers (1, 3, 5, 7, 9, 11)"
+    assert "the teacher" in migration.of("layer_reduction.module_name_prefix").note
+    assert migration.of("layer_reduction.other_module_name").verdict == DIFFERS
 
 
 def test_summary_json_and_text() -> None:

@@ -82,10 +82,16 @@ def test_activations_alone_bring_weights_of_eight_bits() -> None:
     assert len(student.plan) == 2
 
 
-def test_layer_reduction_is_refused_by_name() -> None:
-    config = engine(weight_quantization=_in_forward(8), layer_reduction=layers((1, 3)))
-    with pytest.raises(RecipeError, match=r"(?s)not there yet.*layer_reduction"):
-        Recipe.of(config)
+def test_layers_are_left_out_of_the_teacher() -> None:
+    reduction = layers((1,), module_name_prefix="encoder.layer", other_module_name=["embeddings"])
+    config = engine(weight_quantization=_in_forward(8), layer_reduction=reduction)
+    model, inputs = ZOO["bert"]()
+    student = dwindle.prepare(model, config, inputs=inputs)
+    assert [edit.path for edit in student.plan.drops] == ["encoder.layer.0"]
+    assert {edit.weight.bits for edit in student.plan.quantizations} == {8}
+    for order in ((3, 1), (1, 1)):
+        with pytest.raises(RecipeError, match=r"(?s)each layer once and in order.*init_compression"):
+            Recipe.of(engine(layer_reduction=layers(order)))
     Recipe.of(engine(weight_quantization=_in_forward(8), **pruning_off()))  # off, it may say anything
 
 

@@ -7,7 +7,6 @@ from .facts import (
     DIFFERS,
     MAPS,
     NO_EFFECT,
-    NOT_YET,
     OFFSET,
     Fact,
     by_kernel,
@@ -199,7 +198,17 @@ LAYERS: tuple[Fact, ...] = (
         NO_EFFECT,
         "DeepSpeed's library never reads it; here it must be the length of teacher_layer",
     ),
-    Fact("layer_reduction.*", NOT_YET, "init_compression with teacher_model= copies the layers; a recipe does not yet"),
+    Fact(
+        "layer_reduction.module_name_prefix",
+        MAPS,
+        "the model to compress is the teacher; init_compression copies layers to a student",
+        "depth row {value}",
+    ),
+    Fact("layer_reduction.teacher_layer", MAPS, to="depth keep_layers {value}"),
+    Fact(
+        "layer_reduction.other_module_name", DIFFERS, "in a recipe nothing is copied: all other modules are the model's"
+    ),
+    Fact("layer_reduction.*", MAPS, to="depth"),
 )
 
 MODULES: tuple[Fact, ...] = (

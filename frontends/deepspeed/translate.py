@@ -1,16 +1,16 @@
 """A DeepSpeed configuration as a recipe: what it asked for, in dwindle's own terms.
 
-    weight_quantization       an entry a group; bits 1 and 2 are binary and ternary
-      in the forward          constant at the target's bits from schedule_offset on
-      MoQ                     falling bits, period and mixing as they were
-    activation_quantization   an entry a group that adds activations; weights that nothing else quantises get 8 bits,
-                              since only integers times integers are faster
-    quantize_training (2021)  MoQ on every weight, its periods turned into steps
+weight_quantization       an entry a group; bits 1 and 2 are binary and ternary
+  in the forward          constant at the target's bits from schedule_offset on
+  MoQ                     falling bits, period and mixing as they were
+activation_quantization   an entry a group that adds activations; weights that nothing else quantises get 8 bits,
+                          since only integers times integers are faster
+quantize_training (2021)  MoQ on every weight, its periods turned into steps
 
-    *_pruning                 entries that take structures out of the graph, or single weights: `pruning`
+*_pruning                 entries that take structures out of the graph, or single weights: `pruning`
 
-What is in LATER is read and reported (`migration`), and refused here until it exists. The layers that
-init_compression copies from a teacher are no part of a recipe.
+layer_reduction           the layers of the model that stay: those that its student would have taken over, so the
+                          model to compress is the teacher
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.errors import RecipeError
+from ..depth import DepthEntry
 from ..settings import (
     ActivationSettings,
     Calibration,
@@ -38,7 +39,6 @@ from .sections import ActivationQuantization, QuantizeTraining, WeightGroup, Wei
 WEIGHTS: tuple[Operators, ...] = ("linear", "embedding", "conv2d")
 ACTIVATIONS: tuple[Operators, ...] = ("linear", "conv2d")
 MOMENTUM = 0.95  # of DeepSpeed's static ranges
-LATER = ("layer_reduction",)
 
 
 def translate(source: DeepSpeedConfig | Mapping[str, Any] | str | Path) -> dict[str, Any]:
@@ -47,14 +47,6 @@ def translate(source: DeepSpeedConfig | Mapping[str, Any] | str | Path) -> dict[
     Raises RecipeError for what cannot be done here.
     """
     config = source if isinstance(source, DeepSpeedConfig) else parse(source)
-    asked = [name for name in LATER if config.section(name) is not None]
-    if asked:
-        raise RecipeError(
-            "the configuration asks for what is not there yet",
-            required="quantisation and pruning",
-            found=", ".join(asked),
-            cure="set enabled: false in these sections to do the rest",
-        )
     entries: list[QuantizeEntry] = []
     if config.activation_quantization is not None:
         entries += _stored_for_activations(config.activation_quantization)
@@ -67,12 +59,27 @@ def translate(source: DeepSpeedConfig | Mapping[str, Any] | str | Path) -> dict[
     sparse = config.sparse_pruning
     return {
         "name": "deepspeed",
+        "depth": tuple(_layers(config)),
         "prune": tuple(pruned(config)),
         **({} if sparse is None else {"sparsify": sparsified(sparse)}),
         "quantize": tuple(entries),
         "calibration": Calibration(momentum=MOMENTUM),
         "sensitivity": _sensitivity(config),
     }
+
+
+def _layers(config: DeepSpeedConfig) -> Iterator[DepthEntry]:
+    section = config.layer_reduction
+    if section is None:
+        return
+    if list(section.teacher_layer) != sorted(set(section.teacher_layer)):
+        raise RecipeError(
+            "layer_reduction.teacher_layer",
+            required="each layer once and in order: layers are left out, and no other is put in their place",
+            found=list(section.teacher_layer),
+            cure="init_compression(student, config, teacher_model=teacher) copies layers in any order",
+        )
+    yield DepthEntry(row=section.module_name_prefix, keep_layers=section.teacher_layer)
 
 
 def _weights(section: WeightQuantization) -> Iterator[QuantizeEntry]:
