@@ -47,6 +47,7 @@ TERNARY = Scheme(bits=2, kind="ternary")
 UNIFORM = [s for s in SCHEMES if s.kind in ("symmetric", "asymmetric")]
 WHOLE = [s for s in SCHEMES if s.granularity != "group"]
 EXAMPLES: dict[str, list[tuple[Any, ...]]] = {
+    "require": [(torch.tensor(True), True, "model.py:3: if x.any():"), (torch.tensor([0.0]), False, "if x:")],
     "fake_quantize": [
         *((random(5, 12).requires_grad_(), None, None, s.spell()) for s in SCHEMES),
         *(fake_args(s) for s in UNIFORM),
