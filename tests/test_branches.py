@@ -256,3 +256,33 @@ def test_a_translator_that_asks_for_padding() -> None:
         for compressed in (small, pruned):
             with pytest.raises(CaptureError, match=r"modeling_fsmt\.py:\d+: if not padding_mask\.any\(\)"):
                 compressed(**inputs)
+
+
+class _Skipping(nn.Module):
+    """Layers that are skipped at random in training, each asked for in its own way."""
+
+    def __init__(self, chance: float, *, item: bool) -> None:
+        super().__init__()
+        self.layers, self.chance, self.item = nn.ModuleList(nn.Linear(8, 8) for _ in range(3)), chance, item
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            drawn = torch.rand([])
+            if self.training and (drawn.item() if self.item else drawn) < self.chance:
+                continue
+            x = x + layer(x)
+        return x
+
+
+@pytest.mark.parametrize("item", [False, True])
+def test_what_chance_decides_is_refused_when_it_is_captured(item: bool) -> None:
+    x = torch.randn(4, 8)
+    for seed in range(3):  # whatever way the example goes
+        torch.manual_seed(seed)
+        with pytest.raises(CaptureError, match=r"(?s)goes by chance, at .*drawn.*layerdrop=0"):
+            dwindle.prepare(_Skipping(0.3, item=item).train(), {}, inputs=x)(x)
+    for model in (_Skipping(0.3, item=item).eval(), _Skipping(0.0, item=item).train()):
+        student = dwindle.prepare(model, {}, inputs=x)
+        for seed in range(5):
+            torch.manual_seed(seed)
+            torch.testing.assert_close(student(x), model(x))
