@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -17,18 +17,20 @@ from .resize import TransplantError
 # What a block, or a part of it, calls its place in the row: a cache goes by it.
 PLACES = ("layer_idx", "layer_id", "layer_index", "block_idx")
 
+# How many blocks there are, as configs call it; an encoder-decoder has two such numbers, and the decoder's says so.
+COUNTS = ("num_hidden_layers", "encoder_layers", "num_decoder_layers", "decoder_layers", "decoder_num_hidden_layers")
+
 Rename = Mapping[str, str]
-"""Old path of a block -> new path."""
+"""Old path of a block -> its new number."""
 
 
-def shortened(model: nn.Module, small: Compressed) -> tuple[nn.Module, Rename]:
-    """(a copy on the same tensors without the blocks that `small` drops, how the others are called now).
+def shortened(model: nn.Module, small: Compressed) -> tuple[nn.Module, Compressed]:
+    """(a copy on the same tensors without the blocks that `small` drops, `small` by the names of that copy).
 
     Raises TransplantError where they are not in a ModuleList or Sequential, and where others need something of them.
     """
-    drops = small.plan.drops
-    inside = tuple(f"{edit.path}." for edit in drops)
-    needed = [name for name, _ in small.store.entries() if name.startswith(inside)]
+    gone = tuple(f"{edit.path}." for edit in small.plan.drops)
+    needed = [name for name, _ in small.store.entries() if all(n.startswith(gone) for n in small.store.names_of(name))]
     if needed:
         raise TransplantError(
             "layers cannot be left out of the eager module",
@@ -38,55 +40,85 @@ def shortened(model: nn.Module, small: Compressed) -> tuple[nn.Module, Rename]:
         )
     same = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     short, rename = copy.deepcopy(model, same), dict[str, str]()
-    rows: dict[str, set[int]] = {}
-    for edit in drops:
+    numbers: dict[str, set[int]] = {}
+    for edit in small.plan.drops:
         row, _, number = edit.path.rpartition(".")
-        rows.setdefault(row, set()).add(int(number))
-    for path, gone in rows.items():
-        blocks = short.get_submodule(path)
-        if not isinstance(blocks, nn.ModuleList | nn.Sequential) or max(gone) >= len(blocks):
-            raise TransplantError(
-                f"layers of {path} cannot be left out of the eager module",
-                required=f"a ModuleList or Sequential of more than {max(gone)} blocks",
-                found=type(blocks).__name__,
-                cure="call the compressed model itself",
-            )
-        stay = [i for i in range(len(blocks)) if i not in gone]
+        numbers.setdefault(row, set()).add(int(number))
+    rows = {path: _row(short, path, max(of)) for path, of in numbers.items()}  # by their old paths, before any goes
+    for path, blocks in rows.items():
+        stay = [i for i in range(len(blocks)) if i not in numbers[path]]
         for new, old in enumerate(stay):
-            rename[f"{path}.{old}"] = f"{path}.{new}"
+            rename[f"{path}.{old}".lstrip(".")] = str(new)
             for module in blocks[old].modules():
                 for name in PLACES:
                     if vars(module).get(name) == old:
                         setattr(module, name, new)
-        _follow(short, len(blocks), stay)
-        for i in sorted(gone, reverse=True):
+        _follow(short, path, len(blocks), stay)
+        for i in sorted(numbers[path], reverse=True):
             del blocks[i]
-    return short, rename
+    return short, cast(Compressed, _Renamed(small, rename, gone))
 
 
-def _follow(model: nn.Module, before: int, stay: Sequence[int]) -> None:
-    """The config's number of layers, and its lists of one entry a layer: forwards and caches go by them."""
-    config = getattr(model, "config", None)
-    if config is None:
+def _row(model: nn.Module, path: str, last: int) -> nn.ModuleList | nn.Sequential:
+    blocks = model.get_submodule(path)
+    if not isinstance(blocks, nn.ModuleList | nn.Sequential) or last >= len(blocks):
+        raise TransplantError(
+            f"layers of {path} cannot be left out of the eager module",
+            required=f"a ModuleList or Sequential of more than {last} blocks",
+            found=type(blocks).__name__,
+            cure="call the compressed model itself",
+        )
+    return blocks
+
+
+def _follow(model: nn.Module, row: str, before: int, stay: Sequence[int]) -> None:
+    """The number of layers in configs of what holds the row, and their lists of one entry a layer: caches go by them.
+
+    A row within a block has no such number.
+    """
+    parts = row.split(".")
+    if any(part.isdigit() for part in parts):
         return
-    for name, value in list(vars(config).items()):
-        if isinstance(value, list) and len(value) == before and "layer" in name:
-            setattr(config, name, [value[i] for i in stay])
-    if getattr(config, "num_hidden_layers", None) == before:
-        config.num_hidden_layers = len(stay)
+    configs: dict[int, tuple[Any, list[str]]] = {}  # with the path of the outermost module that has it
+    for n in range(len(parts)):
+        config = getattr(model.get_submodule(".".join(parts[:n])), "config", None)
+        if config is not None:
+            configs.setdefault(id(config), (config, parts[:n]))
+    for config, owner in configs.values():
+        # T5's decoder has a config of its own, where the number of layers is its own too.
+        alone = _decodes(owner) or not any(hasattr(config, name) for name in COUNTS if _decodes([name]))
+        for name, value in list(vars(config).items()):
+            listed = isinstance(value, list) and len(value) == before and "layer" in name
+            if listed and _meant(name, parts, alone):
+                setattr(config, name, [value[i] for i in stay])
+        for name in COUNTS:
+            if getattr(config, name, None) == before and _meant(name, parts, alone):
+                setattr(config, name, len(stay))
 
 
-class Renamed:
+def _meant(name: str, row: Sequence[str], alone: bool) -> bool:
+    """Whether a number of layers, or a list by layers, is that of a row; `alone`: of one in such a config."""
+    return _decodes([name]) == _decodes(row) or (alone and _decodes(row))
+
+
+def _decodes(names: Sequence[str]) -> bool:
+    return any("decoder" in name for name in names)
+
+
+class _Renamed:
     """A compressed model whose plan and store have the names of a shortened one; else it is that model."""
 
-    def __init__(self, small: Compressed, rename: Rename) -> None:
-        self._small = small
-        rest = [edit for edit in small.plan if not isinstance(edit, DropBlock)]
-        self.plan = Plan(tuple(replace(edit, fqn=_renamed(edit.fqn, rename)) for edit in rest))
-        self.store = Store()
+    def __init__(self, small: Compressed, rename: Rename, gone: tuple[str, ...]) -> None:
+        self._small, self.store = small, Store()
+        new: dict[str, str] = {}
         for name, value in small.store.entries():
-            self.store.put(_renamed(name, rename), value, persistent=small.store.is_persistent(name))
-        self.store.aliases.update({_renamed(a, rename): _renamed(b, rename) for a, b in small.store.aliases.items()})
+            # A tied tensor may have been stored under the name of a block that is gone.
+            first, *rest = (_renamed(n, rename) for n in small.store.names_of(name) if not n.startswith(gone))
+            new[name] = first
+            self.store.put(first, value, persistent=small.store.is_persistent(name))
+            self.store.aliases.update(dict.fromkeys(rest, first))
+        edits = [edit for edit in small.plan if not isinstance(edit, DropBlock)]
+        self.plan = Plan(tuple(replace(edit, fqn=new.get(edit.fqn, edit.fqn)) for edit in edits))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._small(*args, **kwargs)
@@ -96,12 +128,5 @@ class Renamed:
 
 
 def _renamed(name: str, rename: Rename) -> str:
-    for prefix in _prefixes(name):
-        if prefix in rename:
-            return rename[prefix] + name[len(prefix) :]
-    return name
-
-
-def _prefixes(name: str) -> Iterator[str]:
     parts = name.split(".")
-    yield from (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    return ".".join(rename.get(".".join(parts[: n + 1]), part) for n, part in enumerate(parts))

@@ -21,7 +21,7 @@ from ..runtime.plan import Quantize, Slice, input_scale_name, input_zero_name
 from ..runtime.qtensor import QTensor
 from .inputs import as_arguments
 from .resize import Beside, TransplantError, analysed, examples, fit_layers, resize
-from .shorten import Renamed, shortened
+from .shorten import shortened
 
 # Module and graph call the same operators on the same codes: measured exactly 0 on all tiny models, dynamic and
 # static. Room is left for layers that stay floating point and round otherwise (addmm against linear), since one
@@ -53,8 +53,7 @@ def transplant(small: Compressed, model: nn.Module, *, inputs: Any = None) -> nn
         )
     arguments, shorter = as_arguments(model, inputs), bool(small.plan.drops)
     if shorter:
-        model, rename = shortened(model, small)
-        small = cast(Compressed, Renamed(small, rename))
+        model, small = shortened(model, small)
     edits = small.plan.quantizations
     unfit = sorted({e.fqn for e in edits if not _expressible(model, small.store.names_of(e.fqn), e.operator)})
     unfit += sorted({e.fqn for e in edits if e.operator == "conv2d" and _folds(small)})

@@ -182,7 +182,7 @@ def drops_of(program: Program, rules: Sequence[DepthRule]) -> list[DropBlock]:
                     f"block {block.path} cannot be dropped",
                     required="a block that gives on what it is given, in the same shape",
                     found=block.reason,
-                    cure="keep it, with layers: [...]",
+                    cure="keep it, with keep_layers: [...]",
                 )
             gone.append(DropBlock(path=block.path))
     paths = [edit.path for edit in gone]
@@ -213,7 +213,7 @@ def _staying(row: Row, rule: DepthRule) -> set[int]:
             raise RecipeError(f"a depth of {row}", required=f"1 to {len(numbers)} layers", found=rule.layers)
         if len(kinds) > 1:
             raise RecipeError(
-                f"the blocks of {row.path} are not alike", required="layers: [...]", found=", ".join(kinds)
+                f"the blocks of {row.path} are not alike", required="keep_layers: [...]", found=", ".join(kinds)
             )
         return {numbers[i] for i in spread_over(len(numbers), rule.layers, rule.spread)}
     strange = sorted(set(rule.layers) - set(numbers))

@@ -205,6 +205,73 @@ def test_the_eager_module_follows(name: str, more: dict[str, Any]) -> None:
         assert torch.equal(cached, plain)
 
 
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.linear(x))
+
+
+def stages() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Sequential(*(Residual() for _ in range(3))) for _ in range(3))).eval()
+
+
+@pytest.mark.parametrize("more", [{}, {"quantize": [{"activation": {}}]}], ids=["dropped", "all"])
+def test_the_eager_module_follows_where_rows_lie_in_rows(more: dict[str, Any]) -> None:
+    model, x = stages(), torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    rules = [{"row": "", "keep_layers": [1, 2]}, {"row": "1", "keep_layers": [1]}]
+    small = dwindle.compress(model, {"depth": rules, **more}, inputs=x)
+    eager = dwindle.transplant(small, model, inputs=x)
+    assert isinstance(eager, nn.Sequential)
+    assert [len(stage) for stage in eager] == [1, 3]  # type: ignore[arg-type]  # they are rows
+    with torch.no_grad():
+        torch.testing.assert_close(eager(x), small(x))
+        if not more:
+            torch.testing.assert_close(eager(x), model[2](model[1][1](x)))  # type: ignore[index]  # as above
+
+
+@pytest.mark.parametrize("keep", [[0, 2], [1, 2], [2]], ids=str)
+def test_the_eager_module_follows_where_blocks_share_a_weight(keep: list[int]) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(nn.Sequential(nn.Sequential(Residual())) for _ in range(3))).eval(), torch.randn(4, 8)
+    model[1][0][0].linear.weight = model[0][0][0].linear.weight  # type: ignore[index, union-attr]  # modules in rows
+    small = dwindle.compress(model, {"depth": {"row": "", "keep_layers": keep}}, inputs=x)
+    eager = dwindle.transplant(small, model, inputs=x)
+    with torch.no_grad():
+        torch.testing.assert_close(eager(x), nn.Sequential(*(model[i] for i in keep))(x))
+
+
+def bart() -> tuple[nn.Module, dict[str, Tensor]]:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = dict.fromkeys(("encoder_layers", "decoder_layers"), 2) | {"vocab_size": 96, "d_model": 16}
+    sizes |= dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4)
+    sizes |= dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "max_position_embeddings"), 32)
+    ids = torch.randint(3, 90, (2, 7))
+    model = transformers.BartForConditionalGeneration(transformers.BartConfig(**sizes)).eval()
+    return model, {"input_ids": ids, "decoder_input_ids": ids[:, :5]}
+
+
+@pytest.mark.parametrize(("side", "counts"), [("encoder", (1, 2)), ("decoder", (2, 1))])
+@pytest.mark.parametrize("name", ["t5", "bart"])  # two configs, and one for both
+def test_a_config_counts_the_layers_of_encoder_and_decoder_apart(
+    name: str, side: str, counts: tuple[int, int], tmp_path: Path
+) -> None:
+    model, inputs = ZOO["t5"]() if name == "t5" else bart()
+    row = f"{side}.block" if name == "t5" else f"model.{side}.layers"
+    small = dwindle.compress(model, {"depth": {"row": row, "keep_layers": [0]}}, inputs=inputs)
+    eager: Any = dwindle.transplant(small, model, inputs=inputs)
+    names = ("num_layers", "num_decoder_layers") if name == "t5" else ("encoder_layers", "decoder_layers")
+    assert tuple(getattr(eager.config, n) for n in names) == counts
+    eager.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()  # a wrong number would make up weights
+    with torch.no_grad():
+        torch.testing.assert_close(first(again(**inputs)), first(small(**inputs)))
+
+
 @pytest.mark.parametrize("more", [{}, EVERYTHING], ids=["dropped", "all"])
 def test_what_stays_is_trained(more: dict[str, Any]) -> None:
     model, inputs = ZOO["bert"]()
