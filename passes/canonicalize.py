@@ -46,13 +46,20 @@ def _drop_counters(program: Program) -> None:
 
 
 def _write_afterwards(program: Program) -> None:
-    """f(x, out=y) -> y.copy_(f(x)): what writes is always the call's first argument, and autograd takes it."""
+    """f(x, out=y) -> y.copy_(f(x)): what writes is always the call's first argument, and autograd takes it.
+
+    A y of another shape, such as empty(0), would be made anew, so f(x) stands for it.
+    """
     for node in [n for n in program.graph.nodes if n.op == "call_function" and "out" in n.kwargs]:
-        plain = _without_out(node.target)
+        plain, out = _without_out(node.target), node.kwargs["out"]
         if plain is not None:
             given = {name: value for name, value in node.kwargs.items() if name != "out"}
             made = program.emit(plain, *node.args, like=node, **given)
-            node.replace_all_uses_with(program.emit(aten.copy_.default, node.kwargs["out"], made, like=node))
+            if [str(n) for n in value_of(out).shape] == [str(n) for n in value_of(made).shape]:
+                result = program.emit(aten.copy_.default, out, made, like=node)
+            else:
+                result = program.emit(aten.to.dtype, made, value_of(out).dtype, like=node)
+            node.replace_all_uses_with(result)
             program.graph.erase_node(node)
 
 

@@ -86,6 +86,29 @@ def test_what_a_forward_writes_without_gradients(norm: Any) -> None:
     assert any(not torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+class _Writing(nn.Module):
+    """x times what is written without gradients: to 6 of so many columns, or to a tensor that is resized."""
+
+    def __init__(self, columns: int | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.linear, self.columns, self.dtype = nn.Linear(8, 6), columns, dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        with torch.no_grad():
+            whole = torch.zeros(0 if self.columns is None else (x.shape[0], self.columns), dtype=self.dtype)
+            torch.sigmoid(x, out=whole if self.columns is None else whole[:, :6])
+        return x * whole[:, :6] + whole.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("columns", [None, 6, 9])
+def test_what_is_written_to_an_out(columns: int | None, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, inputs = _Writing(columns, dtype).train(), {"x": torch.randn(5, 8)}
+    _assert_equal(model, dwindle.prepare(model, {}, inputs=inputs), inputs)
+
+
 @pytest.mark.parametrize("name", list(ZOO))
 def test_static_shapes_and_compress(name: str) -> None:
     model, inputs = ZOO[name]()
