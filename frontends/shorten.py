@@ -63,7 +63,7 @@ def _row(model: nn.Module, path: str, last: int) -> nn.ModuleList | nn.Sequentia
     blocks = model.get_submodule(path)
     if not isinstance(blocks, nn.ModuleList | nn.Sequential) or last >= len(blocks):
         raise TransplantError(
-            f"layers of {path} cannot be left out of the eager module",
+            f"layers of {path or 'the model'} cannot be left out of the eager module",
             required=f"a ModuleList or Sequential of more than {last} blocks",
             found=type(blocks).__name__,
             cure="call the compressed model itself",

@@ -70,7 +70,7 @@ class Row:
     blocks: tuple[Block, ...]
 
     def __str__(self) -> str:
-        return f"{self.path} of {len(self.blocks)}"
+        return f"{self.path or repr('')} of {len(self.blocks)}"
 
 
 @dataclass(frozen=True, kw_only=True)
