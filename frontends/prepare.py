@@ -86,21 +86,19 @@ def prepare(
 
     def recapture(student: Student, training: bool, call: Mapping[str, Any], cuts: Plan | None) -> Program:
         own = student.store if cuts is None else student.store.fork()
-        with _lent(own, model, gone):
-            return recaptured(student, own, training, call, cuts)
-
-    def recaptured(student: Student, own: Store, training: bool, call: Mapping[str, Any], cuts: Plan | None) -> Program:
-        fresh = capture(model, call, own, training=training, dynamic_shapes=dynamic_shapes)
+        structured, sparse = student.pacer.pruning.structured, student.pacer.pruning.sparse
         again = Job(
             plan=plan if cuts is None else cuts, target=own, trains=True, course=student.course, momentum=momentum
         )
-        if cuts is None:
-            again.pruning, again.sparsity = student.pacer.pruning.structured, student.pacer.pruning.sparse
+        with _lent(own, model, gone):
+            fresh = capture(model, call, own, training=training, dynamic_shapes=dynamic_shapes)
+            if cuts is None:
+                again.pruning, again.sparsity = structured, sparse
+            else:
+                again.inputs = proof_inputs(fresh, verification_inputs(fresh, signature, call))
+                if sparse is not None:
+                    zero(own, {weight.fqn: mask for weight, mask in sparse.masks().items()})
             return prepared(fresh, None, again).program
-        if student.pacer.pruning.sparse is not None:
-            zero(own, {weight.fqn: mask for weight, mask in student.pacer.pruning.sparse.masks().items()})
-        again.inputs = proof_inputs(fresh, verification_inputs(fresh, signature, call))
-        return prepared(fresh, None, again).program
 
     def grow(student: GraphModel, training: bool, call: Mapping[str, Any]) -> Program:
         assert isinstance(student, Student)

@@ -49,8 +49,9 @@ class Pruning:
         scores = {name.replace("_stay", "_score"): score for name, (_, score) in learned.items()}
         if not scores:
             return
-        floating = [t for t in flat_outputs(program.run(tensors)) if t.requires_grad]
-        found = torch.autograd.grad([t.sum() for t in floating], list(scores.values()), allow_unused=True)
+        with program.unwritten():
+            floating = [t for t in flat_outputs(program.run(tensors)) if t.requires_grad]
+            found = torch.autograd.grad([t.sum() for t in floating], list(scores.values()), allow_unused=True)
         lost = [name for name, gradient in zip(scores, found, strict=True) if gradient is None]
         if lost:
             raise RecipeError(
