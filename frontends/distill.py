@@ -1,24 +1,27 @@
-"""The loss of a student with a teacher: its task's own, and the divergence of its logits from the teacher's.
+"""How far a student is from its teacher, by what both say and by what they hold within.
 
-    loss = task + weight T^2 mean_i KL( softmax(t_i / T) || softmax(s_i / T) )
+    logits    T^2 mean_i KL( softmax(t_i / T) || softmax(s_i / T) )
+    states    mean_i |s_i - t_i|^2 / D, or mean_i 1 - cos(s_i, t_i)
+    scores    mean over heads, queries and the keys that each may see, of (s - t)^2
 
-over all positions i of logits s, t (..., C), without those that labels mark with -100 or the attention mask with 0.
-T^2 keeps the gradient's size as T grows (Hinton et al. 2015, arXiv 1503.02531, section 2). As a function of s the
-divergence is DeepSpeed's soft cross-entropy less a constant.
+over all positions i, without those that labels mark with -100 or the attention mask with 0. T^2 keeps the gradient's
+size as T grows (Hinton et al. 2015, arXiv 1503.02531, section 2). As a function of s the divergence is DeepSpeed's soft
+cross-entropy less a constant; states and scores are those of TinyBERT (Jiao et al. 2020, arXiv 1909.10351, eq. 7, 8).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..runtime.errors import DistillationError
-from .modes import evaluating
 
 IGNORED = -100  # of labels, as torch's cross_entropy has it
+HIDDEN = -1e3  # scores below it are masked: models add -1e4, the least number of a dtype, or -inf
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0, kept: Tensor | None = None) -> Tensor:
@@ -35,9 +38,7 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0, kept:
         )
     s, t = (F.log_softmax(x.float() / temperature, -1) for x in (student, teacher.detach()))
     each = F.kl_div(s, t, reduction="none", log_target=True).sum(-1) * temperature**2  # (...)
-    if kept is None:
-        return each.mean()
-    return (each * kept).sum() / kept.sum().clamp_min(1)
+    return _mean(each, kept)
 
 
 def logits_of(output: Any) -> Tensor:
@@ -65,31 +66,47 @@ def kept_positions(logits: Tensor, batch: Mapping[str, Any]) -> Tensor | None:
     return None
 
 
-def taught(teacher: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """The teacher's logits, in eval mode and without gradients; it is left in the mode it was in."""
-    with evaluating(teacher):
-        return logits_of(teacher(**batch))
+def kept_states(shape: Sequence[int], batch: Mapping[str, Any], decodes: bool = False) -> Tensor | None:
+    """Which positions (B, S) of states count: those that are no padding, all where nothing says so.
+
+    decodes: of a decoder beside an encoder, whose mask is one of its own, or labels are
+    """
+    mask = batch.get("decoder_attention_mask" if decodes else "attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == torch.Size(shape):
+        return mask != 0
+    labels = batch.get("labels")
+    if decodes and isinstance(labels, Tensor) and labels.shape == torch.Size(shape):
+        return labels != IGNORED
+    return None
+
+
+def states_apart(student: Tensor, teacher: Tensor, loss: str = "mse", kept: Tensor | None = None) -> Tensor:
+    """Of states (..., D): the mean square of their difference, or 1 - cosine; over positions `kept` (...)."""
+    s, t = student.float(), teacher.detach().float()
+    each = 1 - F.cosine_similarity(s, t, dim=-1) if loss == "cosine" else (s - t).square().mean(-1)
+    return _mean(each, kept)
+
+
+def scores_apart(student: Tensor, teacher: Tensor, kept: Tensor | None = None) -> Tensor:
+    """Of scores (B, H, queries, keys): the mean square of their difference where the teacher's query may look.
+
+    kept: queries (B, queries) that count. What is masked holds -inf or a number below HIDDEN.
+    """
+    s, t = student.float(), teacher.detach().float()
+    seen = (t > HIDDEN) & (s > HIDDEN)
+    if kept is not None:
+        seen = seen & kept[:, None, :, None]
+    # What is masked is taken out before it is subtracted: -inf less -inf has no gradient.
+    return _mean((s.masked_fill(~seen, 0) - t.masked_fill(~seen, 0)).square(), seen)
+
+
+def _mean(each: Tensor, kept: Tensor | None) -> Tensor:
+    if kept is None:
+        return each.mean()
+    return (each * kept).sum() / kept.sum().clamp_min(1)
 
 
 def task_loss(output: Any) -> Tensor | None:
     """The loss that a model computed itself, from labels."""
     found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     return found if isinstance(found, Tensor) else None
-
-
-def total_loss(
-    output: Any, batch: Mapping[str, Any], teacher: nn.Module | None, *, weight: float, temperature: float
-) -> Tensor:
-    """The student's loss for its `output` on `batch`. Raises DistillationError where there is none."""
-    own = task_loss(output)
-    if teacher is None or weight == 0:
-        if own is None:
-            raise DistillationError(
-                "the batch gives no loss",
-                required="labels in the batch of a model that computes its loss, or a teacher",
-                found=", ".join(batch) or "an empty batch",
-            )
-        return own
-    logits = logits_of(output)
-    apart = divergence(logits, taught(teacher, batch), temperature, kept_positions(logits, batch))
-    return weight * apart if own is None else own + weight * apart

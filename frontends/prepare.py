@@ -31,9 +31,12 @@ from .compress import (
     verification_inputs,
 )
 from .inputs import as_arguments
+from .lessons import Lessons
 from .pacing import Pacer
+from .pairs import pairs_of
 from .recipe import Recipe
 from .student import Student
+from .teacher import Teacher, require_vocabulary
 
 
 @own_state()
@@ -49,8 +52,8 @@ def prepare(
 ) -> Student:
     """A trainable copy of `model` with the recipe's quantisation and pruning simulated; arguments as for `compress`.
 
-    teacher: a model with the same call whose logits `student.loss` learns from, such as `model` itself; it is not
-        copied, trained or saved
+    teacher: a model with the same call that `student.loss` learns from, such as `model` itself; it is not copied,
+        trained or saved. What of it counts the recipe's `distill` says
     total_steps: optimizer steps that are planned; a schedule that does not end within them is refused.
     The student is in the model's mode. Parameters and buffers are clones with the model's names and
     requires_grad; an empty recipe trains exactly as the model does. Static ranges are observed in training, from
@@ -106,12 +109,32 @@ def prepare(
 
     student = Student.named(model, "Student")(store, plan, signature, grow=grow, attributes=forwarded(model))
     student.recipe, student.example, student._recapture = recipe, arguments, recapture
-    student._teacher = () if teacher is None else (teacher,)
     student.pacer = Pacer(course, pruning, recipe.sensitivity, recipe.adaptive())
     student.add(program)
+    if teacher is not None:
+        student.lessons = _lessons(student, model, teacher, total_steps, dynamic_shapes)
     if total_steps is not None:
         student.forecast(total_steps).require_end()
     return student.train(model.training)
+
+
+def _lessons(
+    student: Student,
+    model: nn.Module,
+    teacher: nn.Module,
+    total_steps: int | None,
+    dynamic_shapes: DynamicShapes | None,
+) -> Lessons:
+    """What the teacher says, checked on the example. Raises DistillationError and RecipeError."""
+    settings, batch = student.recipe.distill, student.example
+    require_vocabulary(model, teacher)
+    asked = Teacher(teacher, dynamic_shapes)
+    lessons = Lessons(asked, settings, student.store, settings.staged(total_steps))
+    (own,) = student.variants.values()
+    if settings.within:
+        lessons.pairs = tuple(pairs_of(settings, own, student.plan, asked.program(batch)))
+    lessons.begin(student, own, batch)
+    return lessons
 
 
 def unread(program: Program, plan: Plan) -> list[str]:

@@ -29,13 +29,13 @@ from .settings import (
     ActivationSettings,
     AdaptiveSettings,
     Calibration,
-    DistillSettings,
     QuantizeEntry,
     ScheduleSettings,
     SensitivitySettings,
     WeightSettings,
 )
 from .strict import Strict
+from .teaching import DistillSettings, HiddenSettings, ScoreSettings, StageSettings, TapSettings
 from .zeros import SparsifyEntry
 
 # The keys of a DeepSpeed configuration that say how to compress.
@@ -183,6 +183,10 @@ def _fields_at(path: tuple[int | str, ...]) -> list[str]:
         "calibration": Calibration,
         "sensitivity": SensitivitySettings,
         "distill": DistillSettings,
+        "hidden": HiddenSettings,
+        "scores": ScoreSettings,
+        "stages": StageSettings,
+        "taps": TapSettings,
         **SCHEDULES,
     }
     names = [part for part in path if part in inside]

@@ -256,10 +256,3 @@ class Calibration(Strict):
     def observer(self) -> Observer:
         """A fresh accumulator."""
         return Observer(method=self.method, momentum=self.momentum, percentile=self.percentile)
-
-
-class DistillSettings(Strict):
-    """How a student learns from a teacher: task loss + `weight` times the divergence of logits at `temperature`."""
-
-    weight: float = Field(default=1.0, ge=0)
-    temperature: float = Field(default=1.0, gt=0)

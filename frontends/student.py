@@ -24,7 +24,7 @@ from ..passes.quantize.live import gauges, load_ranges, require_seen
 from ..passes.verify import difference
 from ..runtime.compressed import Compressed
 from ..runtime.contract import Key
-from ..runtime.errors import DwindleError, ScheduleError
+from ..runtime.errors import DistillationError, DwindleError, ScheduleError
 from ..runtime.model import GraphModel, flat_outputs
 from ..runtime.own_state import own_state
 from ..runtime.plan import Plan
@@ -37,20 +37,22 @@ from .compress import (
     verification_inputs,
 )
 from .curvature import CurvatureTable
-from .distill import task_loss, total_loss
+from .distill import task_loss
 from .forecast import Forecast, forecast
 from .inputs import as_arguments
+from .lessons import Compared, Lessons
 from .measure import measure
 from .pacing import Change, Closure, Pacer, really_stepped
 from .recipe import Recipe
-from .recomputing import Recomputing
+from .tapping import Tapping
+from .teaching import PARTS
 from .watch import Watch
 
 # (the student, training, arguments, plan) -> the variant masked, or with the cuts of a plan made
 Recapture = Callable[["Student", bool, Mapping[str, Any], Plan | None], Program]
 
 
-class Student(Recomputing):
+class Student(Tapping):
     """A model in training: call it as the original; `finish()` gives the Compressed it has become.
 
     After each optimizer step call `step()`, or once `follow(optimizer)`. `state_dict()` holds the schedules too.
@@ -60,14 +62,14 @@ class Student(Recomputing):
     example: Mapping[str, Any]
     pacer: Pacer
     _recapture: Recapture
-    _teacher: tuple[nn.Module, ...] = ()  # in a tuple, so that it is no part of the student
+    lessons: Lessons | None = None
     _seen: frozenset[Key] = frozenset()  # variants all of whose static ranges have seen something
     _following: bool = False
     _again: Closure | None = None
     _loss: Tensor | None = None
     _anew = False  # whether a state of the model alone was loaded, and pruning has not begun anew by it
 
-    NOT_COPIED = (*Recomputing.NOT_COPIED, "pacer", "_teacher", "_following", "_again", "_loss")
+    NOT_COPIED = (*Tapping.NOT_COPIED, "pacer", "lessons", "_following", "_again", "_loss")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -76,7 +78,8 @@ class Student(Recomputing):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A student that trains on by itself, from here; it follows no optimizer yet. The teacher is shared."""
         other = super().__deepcopy__(memo)
-        other.pacer, other._teacher = self.pacer.on(other.store), self._teacher
+        other.pacer = self.pacer.on(other.store)
+        other.lessons = None if self.lessons is None else replace(self.lessons, store=other.store)
         other.register_load_state_dict_post_hook(_begin_anew)  # type: ignore[no-untyped-call]  # as above
         return other
 
@@ -119,17 +122,35 @@ class Student(Recomputing):
     def loss(self, batch: Any, *, model: Callable[..., Any] | None = None) -> Tensor:
         """The loss to minimise: the task's, as the model computes it from labels, and the teacher's where there is one.
 
-        batch: a dict of the forward's arguments, a tuple of them, or a tensor; the recipe's `distill` weighs the two
+        batch: a dict of the forward's arguments, a tuple of them, or a tensor; the recipe's `distill` weighs the parts
         model: what to call in place of the student: itself wrapped by DistributedDataParallel or torch.compile
         Raises DistillationError where there is neither, or where student and teacher cannot be compared.
         """
-        arguments, teacher = as_arguments(self, batch), next(iter(self._teacher), None)
-        settings, call = self.recipe.distill, self if model is None else model
-        output = call(**arguments)
-        found = total_loss(output, arguments, teacher, weight=settings.weight, temperature=settings.temperature)
+        arguments, call = as_arguments(self, batch), self if model is None else model
+        if self.lessons is not None:
+            found = self.lessons.loss(self, call, arguments, self.pacer.course.step)
+        else:
+            own = task_loss(call(**arguments))
+            if own is None:
+                raise DistillationError(
+                    "the batch gives no loss",
+                    required="labels in the batch of a model that computes its loss, or a teacher",
+                    found=", ".join(arguments) or "an empty batch",
+                )
+            found = own
         if self.training:
             self._remember(found, lambda: self.loss(batch))
         return found
+
+    def compare(self, batch: Any, *, model: Callable[..., Any] | None = None) -> Compared:
+        """Both outputs for a batch and what was seen within: for a loss of one's own in place of `loss`.
+
+        Raises DistillationError without a teacher.
+        """
+        if self.lessons is None:
+            raise DistillationError("the student has no teacher", required="prepare(..., teacher=model)", found="none")
+        arguments, weights = as_arguments(self, batch), dict.fromkeys(PARTS, 1.0)
+        return self.lessons.compare(self, self if model is None else model, arguments, weights)
 
     def step(self, loss: Tensor | float | None = None, *, closure: Closure | None = None) -> list[Change]:
         """An optimizer step is done: schedules advance. Returns what changed its bits, and what was cut.
@@ -297,7 +318,8 @@ class Student(Recomputing):
 
     def _own_names(self) -> set[str]:
         """What training keeps in the store besides the model's own tensors."""
-        return gauges(self.plan, self.store) | self.pacer.pruning.names()
+        taught = set() if self.lessons is None else self.lessons.names()
+        return gauges(self.plan, self.store) | self.pacer.pruning.names() | taught
 
     def _eval_variant(self) -> Program:
         return next(p for p in self.variants.values() if not p.contract.training)

@@ -10,6 +10,7 @@ What does not depend on x stays, though it is computed in there: sizes, T5's pos
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,6 +20,8 @@ from torch import Tensor, fx
 
 from ..runtime import compat
 from ..runtime.errors import PassError, RecipeError
+from ..runtime.ops.catalog import SIMULATED
+from ..runtime.ops.steps import LINEAR_OF_STEPS
 from ..runtime.plan import DropBlock
 from ..runtime.program import Program, value_of
 
@@ -39,8 +42,12 @@ PRODUCTS = frozenset(
         aten.conv2d.default,
         aten.conv3d.default,
         aten.scaled_dot_product_attention.default,
+        LINEAR_OF_STEPS.overload,
     }
 )
+
+# Values simulated in fewer bits stand beside the stream, wherever they were placed, and are no part of it.
+BESIDE = frozenset(simulated.overload for simulated in SIMULATED) - {LINEAR_OF_STEPS.overload}
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,8 +102,8 @@ def spread_over(n: int, k: int, spread: Spread) -> list[int]:
     return [(i + 1) * n // k - 1 for i in range(k)]
 
 
-def find_rows(program: Program) -> list[Row]:
-    """All rows of at least two blocks, in the order in which they are called; some lie in blocks of others."""
+def find_rows(program: Program, least: int = 2) -> list[Row]:
+    """All rows of at least so many blocks, in the order in which they are called; some lie in blocks of others."""
     calls: dict[str, dict[str, list[fx.Node]]] = {}  # by path: the nodes of each call
     kinds: dict[str, str] = {}
     outer = set[str]()  # modules that have others inside
@@ -112,7 +119,7 @@ def find_rows(program: Program) -> list[Row]:
         above, _, number = path.rpartition(".")
         if number.isdigit() and path in outer:
             rows.setdefault(above, []).append(path)
-    found = {row: paths for row, paths in rows.items() if len(paths) > 1}
+    found = {row: paths for row, paths in rows.items() if len(paths) >= least}
     return [
         Row(row, tuple(_block(path, kinds[path], list(calls[path].values())) for path in paths))
         for row, paths in found.items()
@@ -124,11 +131,11 @@ def _block(path: str, kind: str, calls: Sequence[Sequence[fx.Node]]) -> Block:
     if len(calls) > 1:
         return Block(path, kind, nodes, reason=f"it is called {len(calls)} times")
     inside = set(nodes)
-    taken = [n for n in nodes if any(user not in inside for user in n.users)]
+    taken = [n for n in nodes if any(user not in inside for user in n.users) and not _is_beside(n)]
     needs = {out: _sources(out, inside) for out in taken}
     instead: dict[fx.Node, fx.Node] = {}
     for out in filter(_is_tensor, taken):
-        alike = [x for x in needs[out] if _is_tensor(x) and _alike(x, out)]
+        alike = [x for x in needs[out] if _is_tensor(x) and _alike(x, out) and not _is_beside(x)]
         if len(alike) > 1:
             stream = _sources(out, inside, past=PRODUCTS)
             alike = [x for x in alike if x in stream]
@@ -156,6 +163,11 @@ def _sources(out: fx.Node, inside: set[fx.Node], past: frozenset[Any] = frozense
             seen.update(fresh)
             ahead += fresh
     return seen - inside
+
+
+def _is_beside(node: fx.Node) -> bool:
+    source = node.args[0] if node.target is operator.getitem else node
+    return isinstance(source, fx.Node) and source.target in BESIDE
 
 
 def _is_tensor(node: fx.Node) -> bool:

@@ -49,7 +49,7 @@ def classifier() -> tuple[Any, dict[str, Tensor]]:
 
 def test_task_and_teacher_add_up() -> None:
     model, batch = classifier()
-    recipe = {**W3, "distill": {"weight": 3.0, "temperature": 2.0}}
+    recipe = {**W3, "distill": {"kd_weight": 3.0, "temperature": 2.0}}
     student = dwindle.prepare(model.eval(), recipe, inputs=batch, teacher=model)  # in eval mode: no dropout
     output = student(**batch)
     apart = divergence(output.logits, model(**batch).logits, 2.0)
@@ -144,10 +144,11 @@ def test_errors_say_what_is_missing() -> None:
         student.loss(unlabelled)
     wider, _ = classifier()
     wider.classifier = nn.Linear(32, 5)
-    student = dwindle.prepare(model, W3, inputs=batch, teacher=wider)
-    with pytest.raises(DistillationError, match="shape"):
-        student.loss(unlabelled)
+    with pytest.raises(DistillationError, match="the same labels"):
+        dwindle.prepare(model, W3, inputs=batch, teacher=wider)
+    with pytest.raises(DistillationError, match="logits of shape"):
+        dwindle.prepare(model, W3, inputs=unlabelled, teacher=wider)
     with pytest.raises(RecipeError, match="temperature"):
         dwindle.Recipe.of({**W3, "distill": {"temperature": 0}})
-    with pytest.raises(RecipeError, match="did you mean 'weight'"):
-        dwindle.Recipe.of({**W3, "distill": {"wieght": 1}})
+    with pytest.raises(RecipeError, match="did you mean 'kd_weight'"):
+        dwindle.Recipe.of({**W3, "distill": {"kd_wieght": 1}})
