@@ -45,9 +45,10 @@ def train(
     warmup: float = 0.1,
     clip: float = 1.0,
     seed: int = 0,
+    loss_of: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
     after_step: Callable[[int, float], None] | None = None,
 ) -> list[float]:
-    """Minimise `model(**batch).loss` over the first `steps` batches with AdamW; return the losses.
+    """Minimise `model(**batch).loss`, or `loss_of(batch)`, over the first `steps` batches with AdamW; return losses.
 
     The learning rate rises linearly to `lr` over the share `warmup` of the steps, then falls linearly to zero;
     gradients are scaled to a norm of at most `clip`. Parameters that require no gradient stay. seed: torch's own,
@@ -66,7 +67,7 @@ def train(
     model.train()
     try:
         for _, batch in zip(range(steps), batches, strict=False):
-            loss = model(**batch).loss
+            loss = model(**batch).loss if loss_of is None else loss_of(batch)
             losses.append(float(loss.detach()))
             if not torch.isfinite(loss):
                 raise CalibrationError("the loss is not finite", found=f"{losses[-1]} at step {len(losses)}")

@@ -1,0 +1,160 @@
+"""What a teacher is worth: MiniLM with half its layers, and with weights of two bits and of one.
+
+    python benchmarks/distillation.py depth [--seeds 0 1 2] [--runs ...] [--again]
+    python benchmarks/distillation.py xtc
+
+depth   6 -> 3 layers of the trained sentiment classifier, then trained on: by its labels alone, by its teacher's
+        answers, and by what the teacher holds within as well (one stage)
+xtc     all linear layers and embeddings but the classifier in 2 bits (ternary) or 1, activations in 8 a token,
+        positions in 8: the float classifier is teacher and start; stages on one seed
+
+The float classifier of a seed is `training.py`'s, and the teacher of its seed. Every run of a table and seed sees the
+same batches in the same order, as long as it lasts. What is measured is the finished model. Differences to float are
+paired: an item's score is its mean over the seeds, and the 95 % bootstrap interval is over items. Runs are kept one by
+one, so a table that was stopped goes on where it was; CPU seconds are those of training, with the teacher's forward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import timing  # before torch
+from pruned_training import mean_scores
+from results import Point, Results
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from training import BATCH, SENTIMENT, shuffled, train
+
+import dwindle
+from dwindle.frontends.retrieval import paired_difference
+from dwindle.frontends.sentiment import evaluate_sentiment, load_classifier, sentiment_task
+
+WITHIN = {"task": 0.0, "hidden": 1.0, "scores": 1.0}
+
+
+def extreme(bits: int) -> list[Mapping[str, Any]]:
+    """XTC's weights: what is trained in `bits`, what is small in 8, the classifier in floating point."""
+    weight = {"bits": bits, "kind": "ternary" if bits == 2 else "binary"}
+    return [
+        {"weight": weight, "activation": {"bits": 8}},
+        {"operators": ["embedding"], "weight": {"bits": 8}},
+        {"operators": ["embedding"], "modules": "*.word_embeddings", "weight": weight},
+        {"modules": "classifier", "weight": None},
+    ]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training from the float classifier. steps, lr: as `training.train` takes them."""
+
+    name: str
+    recipe: Mapping[str, Any]
+    steps: int
+    lr: float
+    taught: bool = True
+
+
+HALF = {"depth": {"keep": 3}}
+
+TABLES: dict[str, tuple[Run, ...]] = {
+    "depth": (
+        Run("3 layers, labels alone", HALF, 250, 2e-4, taught=False),
+        Run("3 layers, logits", {**HALF, "distill": {"task": 0.0}}, 250, 2e-4),
+        Run("3 layers, one stage", {**HALF, "distill": WITHIN}, 250, 2e-4),
+    ),
+    "xtc": (
+        Run("2 bits, one stage", {"quantize": extreme(2), "distill": WITHIN}, 500, 3e-4),
+        Run("1 bit, one stage", {"quantize": extreme(1), "distill": WITHIN}, 500, 3e-4),
+        Run("1 bit, two stages", {"quantize": extreme(1), "distill": {**WITHIN, "stages": 2}}, 500, 3e-4),
+        Run("1 bit, three stages", {"quantize": extreme(1), "distill": {**WITHIN, "stages": 3}}, 500, 3e-4),
+        Run("1 bit, one stage, twice the budget", {"quantize": extreme(1), "distill": WITHIN}, 1000, 3e-4),
+        Run("1 bit, labels alone", {"quantize": extreme(1)}, 500, 3e-4, taught=False),
+    ),
+}
+
+
+@functools.lru_cache(maxsize=1)
+def classifier(seed: int) -> tuple[nn.Module, Point]:
+    """The float classifier of a seed, and what it is worth."""
+    task, model = sentiment_task(), load_classifier(seed=seed, quiet=True)
+    started = time.process_time()
+    train(model, shuffled(task.train, seed=seed), **SENTIMENT, seed=seed)
+    return model, _point(model, time.process_time() - started)
+
+
+def trained(run: Run, seed: int) -> Point:
+    """One training from it."""
+    task, (teacher, _) = sentiment_task(), classifier(seed)
+    batches = shuffled(task.train, seed=seed + 100)
+    example = next(shuffled(task.train, seed=seed))
+    teacher.requires_grad_(True)  # embeddings too: where they are quantised they have to move
+    recipe = {**run.recipe, "seed": seed}
+    student = dwindle.prepare(
+        teacher, recipe, inputs=example, teacher=teacher if run.taught else None, total_steps=run.steps
+    )
+    started = time.process_time()
+    train(
+        student,
+        batches,
+        steps=run.steps,
+        lr=run.lr,
+        seed=seed,
+        loss_of=student.loss,
+        after_step=lambda step, loss: student.step(loss),
+    )
+    seconds = time.process_time() - started
+    small = student.eval().finish()
+    size = sum(b.numel() * b.element_size() for b in small.state_dict().values())
+    return {**_point(small, seconds), "bytes": size}
+
+
+def _point(model: Any, seconds: float) -> Point:
+    found = evaluate_sentiment(model)
+    scores = "".join(str(int(value)) for value in found.correct)
+    return {"accuracy": found.accuracy, "correlation": found.correlation, "scores": scores, "training CPU s": seconds}
+
+
+def main() -> None:
+    """Train what is not there yet, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--runs", nargs="+", help="these besides float, all where absent")
+    parser.add_argument("--again", action="store_true", help="measure what is already there as well")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    timing.one_thread()
+    results, console = Results("distillation", again=arguments.again), Console(width=120)
+    runs = [run for run in TABLES[arguments.table] if not arguments.runs or run.name in arguments.runs]
+    points: dict[str, list[Point]] = {"float": [], **{run.name: [] for run in runs}}
+    for seed in arguments.seeds:
+        common = {"task": "sentiment", "seed": seed, "batch": BATCH, **SENTIMENT}
+        with Console(stderr=True).status(f"Training float, seed {seed}"):
+            points["float"].append(results.point({**common, "run": "float"}, lambda: classifier(seed)[1]))  # noqa: B023
+        for run in runs:
+            configuration = {**common, "run": run.name, "recipe": run.recipe, "steps": run.steps, "lr": run.lr}
+            with Console(stderr=True).status(f"Training {run.name}, seed {seed}"):
+                points[run.name].append(results.point(configuration, functools.partial(trained, run, seed)))
+    table = Table(title=f"{arguments.table}, seeds {arguments.seeds}", title_justify="left")
+    for heading in ("run", "accuracy", "less float's, points", "training CPU s", "MB"):
+        table.add_column(heading, justify="right")
+    plain = mean_scores(points["float"])
+    for name, own in points.items():
+        mean, (low, high) = paired_difference(mean_scores(own), plain)
+        less = "" if name == "float" else f"{100 * mean:+.2f} ({100 * low:+.2f}..{100 * high:+.2f})"
+        accuracy, seconds = (np.mean([p[key] for p in own]) for key in ("accuracy", "training CPU s"))
+        size = f"{own[0]['bytes'] / 1e6:.2f}" if "bytes" in own[0] else ""
+        table.add_row(name, f"{accuracy:.4f}", less, f"{seconds:.0f}", size)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
