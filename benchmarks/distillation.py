@@ -1,14 +1,16 @@
-"""What a teacher is worth: MiniLM with half its layers, and with weights of two bits and of one.
+"""What a teacher is worth: MiniLM with half its layers, and with weights of two bits and of one; GlassLM with one less.
 
     python benchmarks/distillation.py depth [--seeds 0 1 2] [--runs ...] [--again]
     python benchmarks/distillation.py xtc
+    python benchmarks/distillation.py language
 
-depth   6 -> 3 layers of the trained sentiment classifier, then trained on: by its labels alone, by its teacher's
-        answers, and by what the teacher holds within as well (one stage)
-xtc     all linear layers and embeddings but the classifier in 2 bits (ternary) or 1, activations in 8 a token,
-        positions in 8: the float classifier is teacher and start; stages on one seed
+depth     6 -> 3 layers of the trained sentiment classifier, then trained on: by its labels alone, by its
+          teacher's answers, and by what the teacher holds within as well (one stage)
+xtc       all linear layers and embeddings but the classifier in 2 bits (ternary) or 1, activations in 8 a token,
+          positions in 8: the float classifier is teacher and start; stages on one seed
+language  GlassLM trained on Austen, one layer fewer
 
-The float classifier of a seed is `training.py`'s, and the teacher of its seed. Every run of a table and seed sees the
+The float model of a seed is `training.py`'s, and the teacher of its seed. Every run of a table and seed sees the
 same batches in the same order, as long as it lasts. What is measured is the finished model. Differences to float are
 paired: an item's score is its mean over the seeds, and the 95 % bootstrap interval is over items. Runs are kept one by
 one, so a table that was stopped goes on where it was; CPU seconds are those of training, with the teacher's forward.
@@ -26,16 +28,14 @@ from typing import Any
 
 import numpy as np
 import timing  # before torch
-from pruned_training import mean_scores
+from quantised_training import TASKS, against
 from results import Point, Results
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from training import BATCH, SENTIMENT, shuffled, train
+from training import BATCH, LANGUAGE, SENTIMENT, train
 
 import dwindle
-from dwindle.frontends.retrieval import paired_difference
-from dwindle.frontends.sentiment import evaluate_sentiment, load_classifier, sentiment_task
 
 WITHIN = {"task": 0.0, "hidden": 1.0, "scores": 1.0}
 
@@ -63,12 +63,19 @@ class Run:
 
 
 HALF = {"depth": {"keep": 3}}
+FEWER = {"depth": {"keep": 3}}  # of 4
 
 TABLES: dict[str, tuple[Run, ...]] = {
     "depth": (
         Run("3 layers, labels alone", HALF, 250, 2e-4, taught=False),
         Run("3 layers, logits", {**HALF, "distill": {"task": 0.0}}, 250, 2e-4),
         Run("3 layers, one stage", {**HALF, "distill": WITHIN}, 250, 2e-4),
+    ),
+    "language": (
+        Run("one layer fewer, as it is", FEWER, 0, 1e-3, taught=False),
+        Run("one layer fewer, text alone", FEWER, 200, 1e-3, taught=False),
+        Run("one layer fewer, logits and text", {**FEWER, "distill": {"temperature": 2.0}}, 200, 1e-3),
+        Run("one layer fewer, one stage and text", {**FEWER, "distill": {**WITHIN, "task": 1.0}}, 200, 1e-3),
     ),
     "xtc": (
         Run("2 bits, one stage", {"quantize": extreme(2), "distill": WITHIN}, 500, 3e-4),
@@ -81,29 +88,35 @@ TABLES: dict[str, tuple[Run, ...]] = {
 }
 
 
+TASK = {"depth": "sentiment", "xtc": "sentiment", "language": "language"}
+
+
 @functools.lru_cache(maxsize=1)
-def classifier(seed: int) -> tuple[nn.Module, Point]:
-    """The float classifier of a seed, and what it is worth."""
-    task, model = sentiment_task(), load_classifier(seed=seed, quiet=True)
+def float_model(name: str, seed: int) -> tuple[nn.Module, Point]:
+    """The float model of a task and seed, and what it is worth."""
+    task = TASKS[name]()
+    model = task.load(seed)
     started = time.process_time()
-    train(model, shuffled(task.train, seed=seed), **SENTIMENT, seed=seed)
-    return model, _point(model, time.process_time() - started)
+    train(model, task.batches(seed), **task.settings, seed=seed)
+    seconds = time.process_time() - started
+    return model, {**task.evaluate(model), "training CPU s": seconds}
 
 
-def trained(run: Run, seed: int) -> Point:
+def trained(run: Run, name: str, seed: int) -> Point:
     """One training from it."""
-    task, (teacher, _) = sentiment_task(), classifier(seed)
-    batches = shuffled(task.train, seed=seed + 100)
-    example = next(shuffled(task.train, seed=seed))
+    task, (teacher, _) = TASKS[name](), float_model(name, seed)
     teacher.requires_grad_(True)  # embeddings too: where they are quantised they have to move
-    recipe = {**run.recipe, "seed": seed}
     student = dwindle.prepare(
-        teacher, recipe, inputs=example, teacher=teacher if run.taught else None, total_steps=run.steps
+        teacher,
+        {**run.recipe, "seed": seed},
+        inputs=next(task.batches(seed)),
+        teacher=teacher if run.taught else None,
+        total_steps=max(run.steps, 1),
     )
     started = time.process_time()
     train(
         student,
-        batches,
+        task.batches(seed + 100),
         steps=run.steps,
         lr=run.lr,
         seed=seed,
@@ -113,13 +126,7 @@ def trained(run: Run, seed: int) -> Point:
     seconds = time.process_time() - started
     small = student.eval().finish()
     size = sum(b.numel() * b.element_size() for b in small.state_dict().values())
-    return {**_point(small, seconds), "bytes": size}
-
-
-def _point(model: Any, seconds: float) -> Point:
-    found = evaluate_sentiment(model)
-    scores = "".join(str(int(value)) for value in found.correct)
-    return {"accuracy": found.accuracy, "correlation": found.correlation, "scores": scores, "training CPU s": seconds}
+    return {**task.evaluate(small), "training CPU s": seconds, "bytes": size}
 
 
 def main() -> None:
@@ -135,24 +142,26 @@ def main() -> None:
     results, console = Results("distillation", again=arguments.again), Console(width=120)
     runs = [run for run in TABLES[arguments.table] if not arguments.runs or run.name in arguments.runs]
     points: dict[str, list[Point]] = {"float": [], **{run.name: [] for run in runs}}
+    name = TASK[arguments.table]
+    settings, measured = (LANGUAGE, "perplexity") if name == "language" else (SENTIMENT, "accuracy")
     for seed in arguments.seeds:
-        common = {"task": "sentiment", "seed": seed, "batch": BATCH, **SENTIMENT}
+        common = {"task": name, "seed": seed, "batch": BATCH, **settings}
         with Console(stderr=True).status(f"Training float, seed {seed}"):
-            points["float"].append(results.point({**common, "run": "float"}, lambda: classifier(seed)[1]))  # noqa: B023
+            found = results.point({**common, "run": "float"}, lambda: float_model(name, seed)[1])  # noqa: B023
+            points["float"].append(found)
         for run in runs:
             configuration = {**common, "run": run.name, "recipe": run.recipe, "steps": run.steps, "lr": run.lr}
             with Console(stderr=True).status(f"Training {run.name}, seed {seed}"):
-                points[run.name].append(results.point(configuration, functools.partial(trained, run, seed)))
+                points[run.name].append(results.point(configuration, functools.partial(trained, run, name, seed)))
     table = Table(title=f"{arguments.table}, seeds {arguments.seeds}", title_justify="left")
-    for heading in ("run", "accuracy", "less float's, points", "training CPU s", "MB"):
+    unit = "%" if name == "language" else "points"
+    for heading in ("run", measured, f"less float's, {unit}", "training CPU s", "MB"):
         table.add_column(heading, justify="right")
-    plain = mean_scores(points["float"])
-    for name, own in points.items():
-        mean, (low, high) = paired_difference(mean_scores(own), plain)
-        less = "" if name == "float" else f"{100 * mean:+.2f} ({100 * low:+.2f}..{100 * high:+.2f})"
-        accuracy, seconds = (np.mean([p[key] for p in own]) for key in ("accuracy", "training CPU s"))
+    for run_name, own in points.items():
+        less = "" if run_name == "float" else against(own, points["float"], name)
+        value, seconds = (np.mean([p[key] for p in own]) for key in (measured, "training CPU s"))
         size = f"{own[0]['bytes'] / 1e6:.2f}" if "bytes" in own[0] else ""
-        table.add_row(name, f"{accuracy:.4f}", less, f"{seconds:.0f}", size)
+        table.add_row(run_name, f"{value:.4f}", less, f"{seconds:.0f}", size)
     console.print(table)
 
 
