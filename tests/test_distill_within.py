@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -194,6 +195,17 @@ def test_the_teacher_is_asked_once_in_one_forward() -> None:
     student.loss(given).backward()
     asked.remove()
     assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_a_copy_has_the_teacher_and_gradients_of_its_own() -> None:
+    given, model = batch(), bert(2)
+    student = dwindle.prepare(model, {"distill": WITHIN}, inputs=given, teacher=bert(2, hidden=32, seed=1))
+    other = copy.deepcopy(student)
+    loss = other.loss(given)
+    assert torch.equal(loss, student.loss(given))
+    loss.backward()
+    assert all(p.grad is None for p in student.parameters())
+    assert any(p.grad is not None for p in other.parameters())
 
 
 def test_taps_on_modules() -> None:
