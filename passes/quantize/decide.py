@@ -10,7 +10,7 @@ import difflib
 import fnmatch
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -141,6 +141,18 @@ def require_free(chosen: dict[tuple[str, str], str], section: str, name: str, pa
             found=f"{chosen[section, name]!r} and {pattern!r}",
             cure="narrow one of them: they are searched for anywhere in a name, so give a longer path or anchor with $",
         )
+
+
+def require_zero_codes(edits: Iterable[Quantize], zeroed: Collection[str]) -> None:
+    """Raise RecipeError where a weight that gets zeros would have codes without one."""
+    for edit in edits:
+        if edit.weight.kind == "binary" and edit.fqn in zeroed:
+            raise RecipeError(
+                f"{edit.fqn} is to have zeros, and to be binary",
+                required="a kind of weight that has a zero: ternary or symmetric",
+                found=edit.weight.spell(),
+                cure="leave it out of sparsify, or give it kind 'ternary'",
+            )
 
 
 def _searched(pattern: str, names: Sequence[str]) -> list[str]:
