@@ -126,8 +126,8 @@ def _in_words(packed: Tensor, plane: Plane) -> bool:
 def _signs(packed: Tensor, plane: Plane, columns: int) -> Tensor:
     """int8 (rows, columns) of binary codes, eight at a time as the bytes of a word: 0xff - 254 b is 1 or -1 as int8.
 
-    768 x 768 takes .091 ms where `_fields` takes .144 and a table of what each byte holds 1.05; 2 and 4 bits gain
-    nothing by it (.085 and .092 ms): one EPYC core.
+    768 x 768 takes .091 ms where `_fields` takes .144 and a table of what each byte holds 1.05; 2 bits gain little
+    (.085 for .092). One EPYC core.
     """
     words = packed.reshape(packed.shape[0], -1, 1, plane.block // 8).view(torch.int64)
     bits = torch.empty((*words.shape[:2], 8, words.shape[3]), dtype=torch.int64, device=packed.device)

@@ -1,7 +1,7 @@
 """Weights of 1 to 7 bits as the int8 that the CPU multiplies, kept from call to call while there is room for them.
 
 Milliseconds of one linear of binary weights, one EPYC core (AVX-512 VNNI), kept / unpacked on each call, by rows of
-activations (`benchmarks/few_bits.py`; 2 and 4 bits are unpacked in .65 to .95 of that time):
+activations (`benchmarks/few_bits.py`; 2 and 4 bits are unpacked in .5 to .95 of that time):
 
     N x K           1 row        8            128          1024         unpacking alone
     384 x 384       .026 / .095  .032 / .102  .080 / .150  .446 / .512  .066
@@ -27,6 +27,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from . import compat
 from .layout import unpack
 from .scheme import Scheme
 
@@ -51,7 +52,7 @@ def int8_codes(packed: Tensor, columns: int, scheme: Scheme) -> Tensor:
         return packed
     if packed.is_inference():  # it has no version
         return unpack(packed, columns, scheme)
-    state = (packed._version, packed.data_ptr(), columns, scheme)
+    state = (compat.version_of(packed), packed.data_ptr(), columns, scheme)
     known = _KEPT.get(id(packed))
     if known is not None and known.of() is packed and known.state == state:
         return known.codes
