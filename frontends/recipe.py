@@ -228,4 +228,37 @@ STATIC_W8A8 = Recipe(
     calibration=Calibration(method="mse"),
 )
 
-PRESETS: tuple[Recipe, ...] = (ZEROQUANT_W8A8, W8A16, W4A16_G128, W4A8_G32, STATIC_W8A8)
+# Places and kinds of tokens, as models call these tables: few rows, which every token reads.
+_SMALL_TABLES = ("*position*", "*pos_emb*", "*wpe", "*token_type*", "*segment*", "*relative_attention_bias")
+
+
+def _xtc(name: str, weight: WeightSettings, layers: int | None = None) -> Recipe:
+    """Wu et al. 2022 (arXiv 2206.01859), "XTC": extreme weights in linears (a pooler too) and word embeddings.
+
+    Tables of positions have 8 bits (.4 MB in BERT-base), and so has the layer that gives the outputs. XTC leaves that
+    in float, which for a classifier is as small; but a language model's head in float would outweigh all the rest
+    (50,257 x 768: 154 MB, GPT-2's twelve layers in 1 bit 11). A table that is this layer too (tied) has its 8 bits.
+    """
+    return Recipe(
+        name=name,
+        depth=() if layers is None else (DepthEntry(keep=layers),),
+        quantize=(
+            QuantizeEntry(weight=weight, activation=_A8_TOKEN),
+            QuantizeEntry(answers=True, weight=_W8, activation=_A8_TOKEN),
+            QuantizeEntry(operators=("embedding",), weight=weight),
+            QuantizeEntry(operators=("embedding",), modules=_SMALL_TABLES, weight=_W8, optional=True),
+        ),
+        distill=DistillSettings(task=0.0, hidden=HiddenSettings(), scores=ScoreSettings()),
+    )
+
+
+_BINARY = WeightSettings(bits=1, kind="binary")
+XTC_BINARY = _xtc("xtc-binary", _BINARY)
+XTC_TERNARY = _xtc("xtc-ternary", WeightSettings(bits=2, kind="ternary"))
+XTC_BINARY_6L = _xtc("xtc-binary-6l", _BINARY, layers=6)
+XTC_BINARY_5L = _xtc("xtc-binary-5l", _BINARY, layers=5)
+
+PRESETS: tuple[Recipe, ...] = (
+    *(ZEROQUANT_W8A8, W8A16, W4A16_G128, W4A8_G32, STATIC_W8A8),
+    *(XTC_BINARY, XTC_TERNARY, XTC_BINARY_6L, XTC_BINARY_5L),
+)

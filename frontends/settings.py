@@ -201,6 +201,8 @@ class QuantizeEntry(Strict):
     modules: globs over module paths, all of them unless there are patterns: regular expressions searched for in them
     weight: "keep" leaves weights as earlier rules have them, and says only what the activation gets
     section: entries and patterns of one section may not choose the same module
+    answers: only layers whose result is an output of the model: classifiers, a language model's head
+    optional: modules and patterns may match nothing, which is an error otherwise
     """
 
     modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
@@ -210,6 +212,8 @@ class QuantizeEntry(Strict):
     activation: ActivationSettings | None = None
     schedule: ScheduleSettings | None = None
     section: str = ""
+    answers: bool = False
+    optional: bool = False
 
     @field_validator("modules", "patterns", "operators", mode="before")
     @classmethod
@@ -243,6 +247,8 @@ class QuantizeEntry(Strict):
             learned_input=self.activation is not None and self.activation.range == "learned",
             activation_schedule=schedules.Constant(offset=self.activation.offset if self.activation else 0),
             section=self.section,
+            answers=self.answers,
+            optional=self.optional,
         )
 
 

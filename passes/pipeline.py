@@ -36,7 +36,7 @@ from .prune.walk import Walk
 from .quantize.calibrate import calibrate, require_calls, static_sites
 from .quantize.course import Course
 from .quantize.cuts import slice_scales
-from .quantize.decide import Pace, QuantizeRule, decide
+from .quantize.decide import Pace, QuantizeRule, decide, require_zero_codes
 from .quantize.insert import insert
 from .quantize.live import Live, floating, place_ranges
 from .quantize.observers import MakeObserver, Observer
@@ -106,6 +106,12 @@ class Job:
     def zeroes(self) -> bool:
         """Whether any weight gets zeros."""
         return bool(self.masks) or self.sparsity is not None or (self.plan is None and bool(self.sparsifies))
+
+    @property
+    def zeroed(self) -> set[str]:
+        """The weights that get zeros, once it is decided which."""
+        course = () if self.sparsity is None else self.sparsity.weights.values()
+        return {edit.fqn for edit in self.zeros} | {weight.fqn for own in course for weight in own}
 
     def wants(self, operator: str) -> bool:
         """Whether anything quantises this operator, so that approximate rules for it are worth their rounding."""
@@ -188,6 +194,7 @@ def _decide(program: Program, job: Job) -> Program:
         job.paces = {edit.fqn: pace for edit, pace in decided.items()}
         # Without training nothing is learned.
         edits = decided if job.trains else [replace(edit, learned=False, learned_input=False) for edit in decided]
+        require_zero_codes(edits, job.zeroed)
         job.plan = Plan((*job.drops, *(job.slices or ()), *job.zeros, *edits))
     return program
 

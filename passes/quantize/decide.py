@@ -10,7 +10,7 @@ import difflib
 import fnmatch
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -44,6 +44,8 @@ class QuantizeRule:
     activation: None is weight-only; static: calibrate the activation's range instead of taking it on each call, and
         learned_input: train it
     section: of a configuration; no two patterns of one section may choose the same module
+    answers: only the layers whose result is an output of the model
+    optional: what it names may be missing, which is an error otherwise
     """
 
     modules: tuple[str, ...] = ("*",)
@@ -59,6 +61,8 @@ class QuantizeRule:
     learned_input: bool = False
     activation_schedule: Schedule = AT_ONCE
     section: str = ""
+    answers: bool = False
+    optional: bool = False
 
     def selects(self, names: Sequence[str]) -> bool:
         """Whether a module that answers to `names` is meant."""
@@ -95,7 +99,7 @@ def names_of(store: Store, fqn: str) -> list[str]:
 def _rule_for(model: Reading, use: Use, rules: Sequence[QuantizeRule]) -> QuantizeRule | None:
     names, added = names_of(model.store, use.fqn), None
     for rule in reversed(rules):
-        if use.operator not in rule.operators or not rule.selects(names):
+        if use.operator not in rule.operators or (rule.answers and not use.answers) or not rule.selects(names):
             continue
         if rule.adds:
             added = added or rule
@@ -117,7 +121,7 @@ def _require_matches(model: Reading, rules: Sequence[QuantizeRule]) -> None:
             for name in matched if rule.section else ():
                 require_free(chosen, rule.section, name, pattern)
                 chosen[rule.section, name] = pattern
-            if pattern == "*" or matched:
+            if pattern == "*" or matched or rule.optional:
                 continue
             near = difflib.get_close_matches(pattern.strip("*."), known, n=3, cutoff=0.3) or known[:3]
             raise RecipeError(
@@ -137,6 +141,18 @@ def require_free(chosen: dict[tuple[str, str], str], section: str, name: str, pa
             found=f"{chosen[section, name]!r} and {pattern!r}",
             cure="narrow one of them: they are searched for anywhere in a name, so give a longer path or anchor with $",
         )
+
+
+def require_zero_codes(edits: Iterable[Quantize], zeroed: Collection[str]) -> None:
+    """Raise RecipeError where a weight that gets zeros would have codes without one."""
+    for edit in edits:
+        if edit.weight.kind == "binary" and edit.fqn in zeroed:
+            raise RecipeError(
+                f"{edit.fqn} is to have zeros, and to be binary",
+                required="a kind of weight that has a zero: ternary or symmetric",
+                found=edit.weight.spell(),
+                cure="leave it out of sparsify, or give it kind 'ternary'",
+            )
 
 
 def _searched(pattern: str, names: Sequence[str]) -> list[str]:

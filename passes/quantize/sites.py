@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count
+from operator import getitem
 
 import torch
 from torch import fx
@@ -13,6 +14,7 @@ from torch import fx
 from ...runtime import compat
 from ...runtime.program import Entry, Program, value_of
 from ...runtime.store import Store
+from ..depth import PRODUCTS
 
 aten = torch.ops.aten
 
@@ -54,6 +56,7 @@ class Use:
     """A read of a stored weight as deciding sees it: a call in a graph, or a module of which there is no graph.
 
     label: what the reader is called; groups: of a convolution; batched: its input has a batch dimension
+    answers: what it gives is an output of the model, see `answers`
     """
 
     operator: str
@@ -62,6 +65,7 @@ class Use:
     transposed: bool = False
     groups: int = 1
     batched: bool = True
+    answers: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,48 @@ def _use(site: Site) -> Use:
         transposed=site.transposed,
         groups=groups,
         batched=not conv or site.activation is None or value_of(site.activation).dim() == spatial,
+        answers=answers(site.node),
     )
+
+
+# What a result may pass on its way out and still be the model's answer: another shape or dtype, or probabilities.
+_PASSES = frozenset(
+    {
+        *(aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.squeeze.dim, aten.squeeze.default),
+        *(aten.unsqueeze.default, aten.slice.Tensor, aten.select.int, aten.index.Tensor, aten.split.Tensor),
+        *(aten.transpose.int, aten.permute.default, aten.contiguous.default, aten.clone.default, getitem),
+        *(aten.to.dtype, aten._to_copy.default, aten.softmax.int, aten.log_softmax.int, aten.sigmoid.default),
+    }
+)
+_SCALES = frozenset({aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar})
+
+
+def answers(node: fx.Node) -> bool:
+    """Whether what `node` gives is an output of the model, and goes into no further product.
+
+    So a classifier and a language model's head, with a loss behind them or not; no pooler (tanh), no last block
+    (norm), and no value that is both cached and attended to.
+    """
+    return _comes_out(node) and not _feeds_product(node)
+
+
+def _comes_out(node: fx.Node) -> bool:
+    for user in node.users:
+        scaled = user.target in _SCALES and user.all_input_nodes == [node]
+        if user.op == "output" or ((user.target in _PASSES or scaled) and _comes_out(user)):
+            return True
+    return False
+
+
+def _feeds_product(node: fx.Node) -> bool:
+    seen, ahead = {node}, [node]
+    while ahead:
+        fresh = [user for user in ahead.pop().users if user not in seen]
+        if any(user.target in PRODUCTS for user in fresh):
+            return True
+        seen.update(fresh)
+        ahead += fresh
+    return False
 
 
 def _site(program: Program, node: fx.Node) -> Site | None:

@@ -215,7 +215,11 @@ def lookup(
     spelled: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Rows of a packed table; scale and zero one a row or one a group of a row."""
+    """Rows of a packed table; scale and zero one a row or one a group of a row.
+
+    1024 rows of 384 take .48 ms in 1 bit and .59 in 2; GatherBlockQuantized takes .31 in 2 bits and knows no single
+    ones: a table of 1 bit would be twice as large, to save a two-hundredth of a MiniLM's time.
+    """
     flat = indices.reshape(-1)
     rows, scales = weight.index_select(0, flat), scale.index_select(0, flat) if scale.dim() else scale
     zeros = zero if zero is None or not zero.dim() else zero.index_select(0, flat)

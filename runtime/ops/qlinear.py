@@ -19,6 +19,7 @@ from .. import compat, numerics
 from ..layout import unpack
 from ..numerics import Params
 from ..scheme import Scheme
+from ..unpacked import int8_codes
 from .operator import Kernel, Operator, wants_gradient
 from .quantize import chunk_rows
 
@@ -75,7 +76,7 @@ def _int8_cpu(
     per_row = None if scale.dim() == 0 else scale.reshape(-1, 1)
     out = torch.empty((rows.shape[0], n), dtype=dtype)
     step = chunk_rows(n)
-    wt = _as_int8(weight, k, Scheme.parse(scheme)).t()
+    wt = int8_codes(weight, k, Scheme.parse(scheme)).t()
     for i in range(0, rows.shape[0], step):
         y = compat.int_mm(rows[i : i + step], wt).float()
         y.mul_(scale if per_row is None else per_row[i : i + step]).mul_(weight_scale)
