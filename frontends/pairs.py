@@ -69,7 +69,7 @@ def _rows(student: Program, gone: Sequence[str], teacher: Program, row: str | No
         named = [r for r in its if r.path == own.path]
         ending = [r for r in its if r.path.endswith(f".{own.path}") or own.path.endswith(f".{r.path}")]
         match = named or ending or (its if len(its) == len(mine) == 1 else [])
-        if len(match) == 1 and (len(match[0].blocks) > 1 or len(own.blocks) > 1):
+        if len(match) == 1 and all(len(r.blocks) > 1 or r.blocks[0].instead for r in (own, match[0])):
             found.append((own, match[0]))
     if not found:
         raise DistillationError(

@@ -141,6 +141,12 @@ def test_a_teacher_of_another_depth(layers: Any, expected: list[int]) -> None:
     assert [int(pair.teacher.path[-1]) for pair in student.lessons.pairs] == expected
 
 
+def test_one_block_is_a_row_too() -> None:
+    student = dwindle.prepare(bert(1), {"distill": WITHIN}, inputs=batch(), teacher=bert(1))
+    assert student.lessons is not None
+    assert [pair.student.kind for pair in student.lessons.pairs] == ["start", "end", "scores"]
+
+
 def test_a_wider_teacher_has_a_learned_projection_that_does_not_stay() -> None:
     given, teacher = batch(), bert(hidden=48, seed=1)
     student = dwindle.prepare(bert(2), {**W8, "distill": {"hidden": 1.0}}, inputs=given, teacher=teacher)
