@@ -123,10 +123,9 @@ def show(rows: Mapping[str, Sequence[Point]], console: Console) -> None:
     for run, points in rows.items():
         apart = "" if run == "float" else against(points, rows["float"], "language")
         size = f"{points[0]['bytes']:.3f}" if "bytes" in points[0] else "1"
-        each = (
+        perplexity, spent = (
             " ".join(format(p[key], form) for p in points) for key, form in (("perplexity", ".3f"), ("CPU s", ".0f"))
         )
-        perplexity, spent = each
         table.add_row(run, perplexity, apart, size, spent)
     console.print(table)
 

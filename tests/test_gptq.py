@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from strategies import UNIFORM, schemes
 from torch import Tensor
 
-from dwindle.passes.quantize.awq import clip, search_scale
-from dwindle.passes.quantize.gptq import Rounded, gptq, gram, inverse_factor, output_error
+from dwindle.passes.quantize.awq import search_scale
+from dwindle.passes.quantize.clip import Rounded, clip, output_error
+from dwindle.passes.quantize.gptq import gptq, gram, inverse_factor
 from dwindle.passes.quantize.smooth import smoothing
 from dwindle.runtime import numerics
 from dwindle.runtime.errors import CalibrationError, SchemeError
@@ -51,13 +52,16 @@ def require_codes(found: Rounded, scheme: Scheme) -> None:
     assert (found.params.zero_point is not None) == (scheme.kind == "asymmetric")
 
 
-@pytest.mark.parametrize("order", [False, True])
+# By (order, clipped): the largest share of rounding's error on five seeds and all schemes, a little above it.
+MOST = {(False, False): 0.95, (True, False): 0.75, (False, True): 0.75, (True, True): 0.6}
+
+
+@pytest.mark.parametrize(("order", "clipped"), MOST)
 @pytest.mark.parametrize("scheme", SCHEMES, ids=Scheme.spell)
-def test_gptq_has_worse_weights_and_better_outputs_than_rounding(scheme: Scheme, order: bool) -> None:
+def test_gptq_has_worse_weights_and_better_outputs_than_rounding(scheme: Scheme, order: bool, clipped: bool) -> None:
     w, x = case()
-    found, plain = gptq(w, gram([x], 64)[0], scheme, order=order), nearest(w, scheme)
-    # Five seeds and these schemes: .65 to .88, in order .46 to .60.
-    assert off(found.weight, w, x) < (0.7 if order else 0.95) * off(plain, w, x)
+    found, plain = gptq(w, gram([x], 64)[0], scheme, order=order, clipped=clipped), nearest(w, scheme)
+    assert off(found.weight, w, x) < MOST[order, clipped] * off(plain, w, x)
     assert (found.weight - w).norm() > (plain - w).norm()
     require_codes(found, scheme)
 
@@ -67,7 +71,8 @@ def test_with_inputs_of_which_none_tells_of_another_it_is_rounding_to_nearest(sc
     w, x = case()
     for hessian in (torch.eye(64), torch.diag(x.square().sum(0))):
         for order in (False, True):
-            assert torch.equal(gptq(w, hessian, scheme, order=order).weight, nearest(w, scheme))
+            assert torch.equal(gptq(w, hessian, scheme, order=order, clipped=False).weight, nearest(w, scheme))
+            assert torch.equal(gptq(w, hessian, scheme, order=order).weight, clip(w, hessian, scheme).weight)
 
 
 def test_gptq_is_the_greedy_solution_written_out() -> None:
@@ -83,12 +88,12 @@ def test_gptq_is_the_greedy_solution_written_out() -> None:
         left[:, j:] -= ((left[:, j] - q[:, j]) / inverse[0, 0])[:, None] * inverse[0]
     for block in (1, 7, 128):
         # A sum in another order may push a number over an edge between two codes.
-        same = (gptq(w, hessian, W4_CHANNEL, block=block).weight == q).double().mean()
+        same = (gptq(w, hessian, W4_CHANNEL, order=False, clipped=False, block=block).weight == q).double().mean()
         assert same > 0.99
 
 
-@given(schemes(UNIFORM, most_bits=8), st.integers(0, 2**31), st.booleans(), st.sampled_from((1, 5, 128)))
-def test_any_shape_and_scheme_gives_codes(scheme: Scheme, seed: int, order: bool, block: int) -> None:
+@given(schemes(UNIFORM, most_bits=8), st.integers(0, 2**31), st.booleans(), st.booleans(), st.sampled_from((1, 5, 128)))
+def test_any_shape_and_scheme_gives_codes(scheme: Scheme, seed: int, order: bool, clipped: bool, block: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     if scheme.granularity == "token":
         scheme = replace(scheme, granularity="channel")
@@ -99,7 +104,7 @@ def test_any_shape_and_scheme_gives_codes(scheme: Scheme, seed: int, order: bool
     x[:, torch.rand(width, generator=generator) < 0.3] = 0
     w[torch.rand(rows, generator=generator) < 0.2] = 0
     hessian = gram([x], width)[0]
-    for found in (gptq(w, hessian, scheme, order=order, block=block), clip(w, hessian, scheme)):
+    for found in (gptq(w, hessian, scheme, order=order, clipped=clipped, block=block), clip(w, hessian, scheme)):
         assert found.weight.isfinite().all()
         require_codes(found, scheme)
 
@@ -110,8 +115,8 @@ def test_an_input_that_is_always_zero_is_rounded_to_nearest_and_moves_nothing(sc
     x[:, 5] = x[:, 40] = 0
     w[:, 5].clamp_(-0.1, 0.1)  # no scale goes by it
     found = gptq(w, gram([x], 64)[0], scheme)
-    if scheme.granularity != "group":  # else its group has a scale that others had a say in
-        assert torch.equal(found.weight[:, [5, 40]], nearest(w, scheme)[:, [5, 40]])
+    by_itself = numerics.simulate(w, scheme, found.params)
+    assert torch.equal(found.weight[:, [5, 40]], by_itself[:, [5, 40]])
     w[:, 5] *= 0.5
     others = [j for j in range(64) if j != 5]
     assert torch.equal(gptq(w, gram([x], 64)[0], scheme).weight[:, others], found.weight[:, others])

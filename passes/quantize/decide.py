@@ -162,7 +162,7 @@ def _edits(model: Reading, fqn: str, calls: Sequence[tuple[Use, QuantizeRule | N
         model.log.append(Entry(stage=STAGE, rule="decide.quantize", where=fqn, applied=False, reason=reason))
         return []
     edits: dict[str, tuple[Quantize, Pace]] = {}
-    method = _method(model, fqn, chosen, widest)
+    method = _method(model, fqn, chosen)
     for use, rule in chosen:
         meets = _meeting(use, rule.activation)
         edit = Quantize(
@@ -180,9 +180,10 @@ def _edits(model: Reading, fqn: str, calls: Sequence[tuple[Use, QuantizeRule | N
     return list(edits.values())
 
 
-def _method(model: Reading, fqn: str, chosen: Sequence[tuple[Use, QuantizeRule]], widest: QuantizeRule) -> WeightMethod:
+def _method(model: Reading, fqn: str, chosen: Sequence[tuple[Use, QuantizeRule]]) -> WeightMethod:
     """How one weight is rounded: to nearest where it is also looked up, since any row may be."""
-    method = widest.method
+    by_data: list[WeightMethod] = [rule.method for _, rule in chosen if rule.method != "nearest"]
+    method: WeightMethod = by_data[0] if by_data else "nearest"
     others = [use.operator for use, _ in chosen if use.operator != "linear"]
     if method != "nearest" and others:
         reason = f"{others[0]} reads the weight as well; rounded to nearest"

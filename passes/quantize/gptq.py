@@ -7,8 +7,11 @@
 Frantar et al. 2022 (arXiv 2210.17323), equations 2 and 3 with section 3.3: H + lambda I, lambda a share of the mean of
 the diagonal; one Cholesky factor in place of an inverse for each column; columns in blocks, what follows a block is
 updated once. Letters are the paper's. A group's scale is taken when its first column is met, from the columns as they
-are by then. `order` takes the columns with the largest inputs first; scales are then those of the weight as it was,
-since the columns of a group are no longer met together.
+are by then. `order` takes columns with large inputs first (the paper's code calls it act-order): groups by their sums,
+and then the columns within each, so that a group is still met at once. Ranges are not the paper's, which go by the
+largest number: `clip` finds them for the inputs. Both were measured on MiniLM, linear layers in 3 bits, as the
+relative error of the last hidden state: rounded to nearest .71 in groups of 64 and .95 per channel; column after
+column .49 and .63; in order .48 and .61; clipped too .37 and .43.
 
 Handled: an input that is always zero (rounded to nearest, and its rounding moves nothing), inputs that depend on one
 another or an H that is not positive definite (more damping), numbers that have to stay zero (`keep`). Ternary and
@@ -19,7 +22,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,17 +30,11 @@ from ...runtime import numerics
 from ...runtime.errors import CalibrationError, SchemeError
 from ...runtime.numerics import Params
 from ...runtime.scheme import Scheme
+from .clip import Rounded, clip
 
 DAMPING = 0.01  # of the mean of the diagonal, as in the paper
 MORE = 10.0  # by which damping grows until there is a Cholesky factor
 BLOCK = 128  # columns, as in the paper
-
-
-class Rounded(NamedTuple):
-    """A weight that was rounded: fp32 (N, K), and parameters with which quantising it again gives its codes."""
-
-    weight: Tensor
-    params: Params
 
 
 def gram(xs: Iterable[Tensor], width: int, device: torch.device | str = "cpu") -> tuple[Tensor, int]:
@@ -51,45 +47,44 @@ def gram(xs: Iterable[Tensor], width: int, device: torch.device | str = "cpu") -
     return total, rows
 
 
-def output_error(change: Tensor, hessian: Tensor) -> Tensor:
-    """|dW X|^2 of each row of `change` (N, K): fp64 (N,)."""
-    d = change.double()
-    return ((d @ hessian) * d).sum(1).clamp_min(0)  # negative by rounding alone
-
-
 def gptq(
     weight: Tensor,
     hessian: Tensor,
     scheme: Scheme,
     *,
-    order: bool = False,
+    order: bool = True,
+    clipped: bool = True,
     damping: float = DAMPING,
     block: int = BLOCK,
     keep: Tensor | None = None,
 ) -> Rounded:
     """Round `weight` (N, K) for inputs whose X X^T is `hessian` (K, K).
 
-    order: columns with large inputs first; keep: bool (N, K), False where a zero has to stay one
+    order: large inputs first; clipped: ranges go by output error, else by the largest number
+    keep: bool (N, K), False where a zero has to stay one
     Raises SchemeError for a scheme that is not uniform or does not divide the weight, CalibrationError for a Hessian
     of another shape or that is not finite.
     """
     _require_fit(weight, hessian, scheme)
     w, k = weight.detach().float().clone(), weight.shape[1]
-    diagonal = hessian.diagonal()
-    turn = torch.argsort(diagonal, descending=True, stable=True) if order else torch.arange(k, device=w.device)
-    grouped = scheme.granularity == "group" and not order
-    params = numerics.parameters(w, scheme)
-    w, u = w[:, turn], inverse_factor(hessian.double()[turn][:, turn], damping).float()
+    grouped = scheme.granularity == "group"
+    params = clip(w, hessian, scheme).params if clipped and not grouped else numerics.parameters(w, scheme)
+    size = scheme.group_size or 1 if grouped else 1
+    turn = largest_first(hessian.diagonal(), size) if order else torch.arange(k, device=w.device)
+    w, h = w[:, turn], hessian.double()[turn][:, turn]
+    u = inverse_factor(h, damping).float()
     kept = None if keep is None else keep[:, turn]
-    size, places = scheme.group_size or 1, turn.tolist()
-    step = max(block // size, 1) * size if grouped else block  # whole groups
+    places = turn.tolist()
+    step = max(block // size, 1) * size  # whole groups
     q, alone = torch.empty_like(w), _of_one(scheme)
     for start in range(0, k, step):
         end = min(start + step, k)
         part, errors = w[:, start:end], torch.empty_like(w[:, start:end])
         for j in range(start, end):
             if grouped and j % size == 0:
-                _take(params, part[:, j - start : j - start + size], j // size, scheme)
+                columns, inputs = part[:, j - start : j - start + size], h[j : j + size, j : j + size]
+                found = clip(columns, inputs, alone).params if clipped else numerics.parameters(columns, alone)
+                _take(params, found, places[j] // size)
             column, own = part[:, j - start], _of_column(params, scheme, places[j], w.shape[0])
             rounded = numerics.simulate(column[:, None], alone, own)[:, 0]
             q[:, j] = rounded if kept is None else rounded * kept[:, j]
@@ -100,6 +95,14 @@ def gptq(
     back = torch.empty_like(q)
     back[:, turn] = q
     return Rounded(back, params)
+
+
+def largest_first(diagonal: Tensor, size: int = 1) -> Tensor:
+    """Indices of `diagonal` (K,), groups of `size` by their sums and then within each, int64 (K,)."""
+    d = diagonal.reshape(-1, size)
+    groups = torch.argsort(d.sum(1), descending=True, stable=True)
+    inside = torch.argsort(d, dim=1, descending=True, stable=True)[groups]
+    return (groups[:, None] * size + inside).flatten()
 
 
 def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> Tensor:
@@ -150,12 +153,11 @@ def _of_one(scheme: Scheme) -> Scheme:
     return replace(scheme.nearest, granularity="channel", group_size=None)
 
 
-def _take(params: Params, columns: Tensor, group: int, scheme: Scheme) -> None:
-    """Write the parameters of one group's `columns` (N, G)."""
-    found = numerics.parameters(columns, scheme)
-    params.scale[:, group] = found.scale[:, 0]
+def _take(params: Params, found: Params, group: int) -> None:
+    """Write the parameters (N,) of one group."""
+    params.scale[:, group] = found.scale
     if params.zero_point is not None and found.zero_point is not None:
-        params.zero_point[:, group] = found.zero_point[:, 0]
+        params.zero_point[:, group] = found.zero_point
 
 
 def _of_column(params: Params, scheme: Scheme, column: int, rows: int) -> Params:

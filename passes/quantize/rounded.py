@@ -22,9 +22,9 @@ from ...runtime.program import Entry, Program
 from ...runtime.qtensor import QTensor
 from ...runtime.store import Store
 from ..stream import Stream
-from .awq import clip
+from .clip import Rounded, clip, output_error
 from .equalize import Advance, matrix, required
-from .gptq import Rounded, gptq, gram, output_error
+from .gptq import gptq, gram
 from .sites import Site, find_sites
 
 aten = torch.ops.aten
