@@ -72,6 +72,7 @@ def _options(
             found=recipe.name or "static activations",
             cure="dwindle.compress(model, recipe, data=[...])",
         )
+    recipe.require_nearest("torch.compile, which has no calibration data,")
     rules = [name for name in ("depth", "prune", "sparsify") if getattr(recipe, name)]
     if rules:  # torch.compile keeps the model's own tensors
         raise RecipeError(

@@ -153,8 +153,8 @@ def compress(
         if onnx:  # what cannot be exported is refused before anything is written
             require_dtypes({t.dtype for t in [*source.model.parameters(), *source.model.buffers()]})
         batches = None if data is None else stage.track(load_data(data, source), "Calibrating")
-        with stage.step(f"Compressing with {parsed.name or recipe}"):
-            small = compress_model(source.model, parsed, inputs=source.inputs, data=batches)
+        with stage.step(f"Compressing with {parsed.name or recipe}") as advance:
+            small = compress_model(source.model, parsed, inputs=source.inputs, data=batches, progress=advance)
         with stage.step("Measuring latency"):
             report = small.report()
         with appearing(out) as draft:
@@ -243,8 +243,8 @@ def bench(
         with stage.step(f"Loading {Path(model).name}"):
             source = load_source(model)
         calibration = None if data is None else stage.track(load_data(data, source), "Calibrating")
-        with stage.step(f"Compressing with {parsed.name or recipe}"):
-            small = compress_model(source.model, parsed, inputs=source.inputs, data=calibration)
+        with stage.step(f"Compressing with {parsed.name or recipe}") as advance:
+            small = compress_model(source.model, parsed, inputs=source.inputs, data=calibration, progress=advance)
         contenders: dict[str, Callable[..., Any]] = {"eager": source.model, "compressed": small}
         if compiled:
             contenders |= {
@@ -319,7 +319,7 @@ def _require_data(recipe: Recipe, data: str | None) -> None:
     """Ask for calibration data before the work. Raises CalibrationError."""
     from .compress import data_is_missing
 
-    if data is None and any(rule.static for rule in recipe.rules()):
+    if data is None and (recipe.by_data() or any(rule.static for rule in recipe.rules())):
         raise data_is_missing(recipe, "--data")
 
 

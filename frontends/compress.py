@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from .capture import DynamicShapes, capture
 from .distill import task_loss
 from .inputs import as_arguments, flat_batches
 from .measure import measure
+from .progress import Advance, patiently
 from .recipe import Recipe
 
 RecipeSource = Recipe | Mapping[str, Any] | str | Path
@@ -45,14 +47,16 @@ def compress(
     inputs: Any = None,
     data: Iterable[Any] | None = None,
     dynamic_shapes: DynamicShapes | None = None,
+    progress: Advance | None = None,
 ) -> Compressed:
     """Compress a trained model without training.
 
     recipe: a preset's name, a file, a dict or a Recipe
     inputs: one example batch (dict of keyword arguments, tuple, or tensor); made up for transformers models
-    data: batches like `inputs`, for recipes with static activations, and for pruning by taylor or fisher (with labels)
-        or by routed mass
+    data: batches like `inputs`, for recipes with static activations, for weights rounded by gptq or awq, for smooth,
+        and for pruning by taylor or fisher (with labels) or by routed mass
     dynamic_shapes: names of dimensions that vary, {"input_ids": {0: "batch"}}; None finds batch and sequence
+    progress: called as progress(done, total) while layers are rounded by data; None shows a bar where that takes long
 
     The model is borrowed: its tensors are read, never written, and nothing about it changes. Returns a
     Compressed, called like the model. Raises RecipeError, CaptureError, CalibrationError, SchemeError,
@@ -72,7 +76,8 @@ def compress(
     job = Job(rules=rules, target=target, batches=batches, observer=recipe.calibration.observer)
     job.depth, job.prunes, job.inputs = recipe.depths(), recipe.prunes(), proof_inputs(captured, tensors)
     job.sparsifies, job.loss = recipe.sparsifies(), task_loss
-    driver = prepared(captured, tensors, job)
+    with contextlib.nullcontext(progress) if progress is not None else patiently("Rounding by data") as job.advance:
+        driver = prepared(captured, tensors, job)
     require_effect(rules, job.plan, captured.log)
     program, lowering, output = finish(driver, tensors, job)
     plan = job.plan or Plan()
@@ -82,7 +87,7 @@ def compress(
 
     def grow(compressed: GraphModel, training: bool, call: Mapping[str, Any]) -> Program:
         fresh = capture(model, call, Store.borrowing(model), training=training, dynamic_shapes=dynamic_shapes)
-        again = Job(plan=plan, target=compressed.store, masks=job.masks or {})
+        again = Job(plan=plan, target=compressed.store, masks=job.masks or {}, folds=job.folds)
         flat = verification_inputs(fresh, signature, call)
         again.inputs = proof_inputs(fresh, flat)
         # A training variant writes running statistics, so it is not run to verify it.
@@ -219,8 +224,8 @@ def calibration_batches(
     program: Program, signature: Signature, recipe: Recipe, data: Iterable[Any] | None
 ) -> Callable[[], Iterable[Sequence[Tensor]]]:
     """Flat batches of `data`, asked for only where something needs them; then no data is an error."""
-    if isinstance(data, Iterator) and any(rule.score in WITH_DATA for rule in recipe.prunes()):
-        data = list(data)  # pruning reads it, and so may ranges
+    if isinstance(data, Iterator) and (recipe.by_data() or any(r.score in WITH_DATA for r in recipe.prunes())):
+        data = list(data)  # pruning and rounding read it, and so may ranges
 
     def batches() -> Iterable[Sequence[Tensor]]:
         if data is None:
@@ -231,7 +236,7 @@ def calibration_batches(
 
 
 def data_is_missing(recipe: Recipe, given: str) -> CalibrationError:
-    """For a recipe with static activations, or with a score that goes by data, and no data; `given`: how to give it."""
+    """For a recipe with static activations, or that prunes or rounds by data, and no data; `given`: how to give it."""
     by_data = next((rule.score for rule in recipe.prunes() if rule.score in WITH_DATA), None)
     if by_data is not None:
         return CalibrationError(
@@ -239,6 +244,13 @@ def data_is_missing(recipe: Recipe, given: str) -> CalibrationError:
             required="calibration data",
             found="none",
             cure=f"give {given}, or a score that goes by the weights alone, such as l2",
+        )
+    if recipe.by_data():
+        return CalibrationError(
+            f"the recipe {recipe.name or 'given'} has {' and '.join(recipe.by_data())}",
+            required="calibration data",
+            found="none",
+            cure=f"give {given}, or method 'nearest' and no smooth, which need none",
         )
     return CalibrationError(
         f"the recipe {recipe.name or 'given'} has static activations",

@@ -61,6 +61,7 @@ def prepare(
     beforehand that what is masked can be cut. Raises what `compress` does, and ScheduleError.
     """
     recipe = Recipe.of(recipe)
+    recipe.require_nearest("training, in which weights move on,")
     require_original(model)
     arguments = as_arguments(model, inputs)
     signature = Signature.of(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import TypeVar
@@ -15,6 +16,9 @@ Advance = Callable[[int, int], None]
 """Called as advance(done, total)."""
 
 T = TypeVar("T")
+
+
+PATIENCE = 2.0  # seconds of work that nobody needs to be shown
 
 
 class _Count(ProgressColumn):
@@ -57,12 +61,34 @@ class Steps:
 @contextmanager
 def steps(*, quiet: bool = False) -> Iterator[Steps]:
     """Show steps until the block ends; quiet shows none."""
-    console = Console(file=sys.stderr)
+    with _progress(Console(file=sys.stderr), quiet=quiet) as progress:
+        yield Steps(progress)
+
+
+@contextmanager
+def patiently(name: str) -> Iterator[Advance]:
+    """How far something is, shown on a terminal once it has taken `PATIENCE` seconds."""
+    console, begun = Console(file=sys.stderr), time.monotonic()
+    progress = _progress(console, quiet=not console.is_terminal)
+    task = progress.add_task(name, total=None)
+
+    def advance(done: int, total: int) -> None:
+        if time.monotonic() - begun > PATIENCE:
+            progress.start()
+        progress.update(task, completed=done, total=total)
+
+    try:
+        yield advance
+    finally:
+        progress.stop()
+
+
+def _progress(console: Console, *, quiet: bool) -> Progress:
     columns = (
         SpinnerColumn(finished_text="✓"),
         TextColumn("{task.description}", markup=False),
         BarColumn(24),
         _Count(),
+        TimeElapsedColumn(),
     )
-    with Progress(*columns, TimeElapsedColumn(), console=console, disable=quiet) as progress:
-        yield Steps(progress)
+    return Progress(*columns, console=console, disable=quiet)

@@ -98,6 +98,23 @@ class Recipe(Strict):
         """The quantisation rules as the pass takes them."""
         return tuple(entry.rule(self.schedule) for entry in self.quantize)
 
+    def by_data(self) -> list[str]:
+        """What in it needs calibration data for the weights of linear layers."""
+        rules = self.rules()
+        methods = {f"method {rule.method!r}": None for rule in rules if rule.method != "nearest"}
+        return [*methods, *(["smooth"] if any(rule.smooth is not None for rule in rules) else [])]
+
+    def require_nearest(self, where: str) -> None:
+        """Raise RecipeError for what is done once to a finished model; `where`: what it is asked of."""
+        found = self.by_data()
+        if found:
+            raise RecipeError(
+                f"{where} cannot round weights by data or move scales between layers",
+                required="method 'nearest', and no smooth",
+                found=" and ".join(found),
+                cure="dwindle.compress(model, recipe, data=[...]), once the model is trained",
+            )
+
     def depths(self) -> tuple[DepthRule, ...]:
         """The rules of depth as the pass takes them."""
         return tuple(entry.rule() for entry in self.depth)

@@ -12,6 +12,7 @@ from ..passes.quantize.decide import QuantizeRule
 from ..passes.quantize.observers import Method, Observer
 from ..passes.schedule import SHAPES, Schedule, Shape
 from ..runtime.errors import SchemeError
+from ..runtime.plan import WeightMethod
 from ..runtime.scheme import SIZED, Granularity, Kind, Rounding, Scheme
 from .strict import Strict, fields, globs
 
@@ -125,6 +126,7 @@ class WeightSettings(Strict):
 
     groups: number of scales a weight has, as DeepSpeed's quantize_groups counts
     rounding: while training; a finished weight is rounded to nearest. learned: the scale is trained (LSQ)
+    method: of linear layers after training: to the nearest code, or by calibration data: "gptq", "awq"
     """
 
     bits: int = 8
@@ -134,6 +136,7 @@ class WeightSettings(Strict):
     groups: int | None = Field(default=None, ge=1)
     rounding: Rounding = "nearest"
     learned: bool = False
+    method: WeightMethod = "nearest"
 
     def scheme(self) -> Scheme:
         """As the runtime's value; of `groups` scales once the weight's shape is known. Raises SchemeError."""
@@ -153,6 +156,15 @@ class WeightSettings(Strict):
             raise SchemeError("a learned scale", required="kind 'symmetric'", found=repr(self.kind))
         if self.learned and self.rounding != "nearest":
             raise SchemeError("a learned scale", required="rounding 'nearest'", found=repr(self.rounding))
+        if self.method != "nearest" and (self.kind not in ("symmetric", "asymmetric") or self.rounding != "nearest"):
+            raise SchemeError(
+                f"method {self.method!r}",
+                required="kind 'symmetric' or 'asymmetric', and rounding 'nearest'",
+                found=f"kind {self.kind!r}, rounding {self.rounding!r}",
+                cure="method 'nearest'; ternary and binary weights want training",
+            )
+        if self.method != "nearest" and self.learned:
+            raise SchemeError("a learned scale", required="method 'nearest'", found=repr(self.method))
         return Scheme(
             bits=self.bits,
             kind=self.kind,
@@ -167,6 +179,7 @@ class ActivationSettings(Strict):
 
     "learned" is static with a scale that is trained (LSQ); without training it is static. offset: training steps
     before they are
+    smooth: SmoothQuant's alpha, of linear layers after training: how much of the activation's size moves to the weight
     """
 
     bits: int = 8
@@ -174,6 +187,7 @@ class ActivationSettings(Strict):
     range: Literal["dynamic", "static", "learned"] = "dynamic"
     granularity: Granularity | None = None
     offset: int = Field(default=0, ge=0)
+    smooth: float | None = Field(default=None, ge=0, le=1)
 
     def scheme(self) -> Scheme:
         """As the runtime's value. Raises SchemeError on a contradiction."""
@@ -231,6 +245,17 @@ class QuantizeEntry(Strict):
         given = self.weight if isinstance(self.weight, WeightSettings) else None
         weight = None if given is None else given.scheme()
         schedule = schedules.Constant() if settings is None else settings.schedule()
+        method = "nearest" if given is None else given.method
+        smooth = None if self.activation is None else self.activation.smooth
+        if method != "nearest" and set(self.operators) != {"linear"}:
+            raise SchemeError(
+                f"method {method!r}",
+                required="operators 'linear', whose inputs meet the weight in a product of matrices",
+                found=", ".join(self.operators),
+                cure="give the others a rule of their own",
+            )
+        if smooth is not None and "linear" not in self.operators:
+            raise SchemeError("smooth", required="operators 'linear'", found=", ".join(self.operators))
         if weight is not None:
             schedule.check(weight.bits)
         return QuantizeRule(
@@ -241,10 +266,12 @@ class QuantizeEntry(Strict):
             adds=self.weight == "keep",
             groups=None if given is None else given.groups,
             learned=given is not None and given.learned,
+            method=method,
             schedule=schedule,
             activation=None if self.activation is None else self.activation.scheme(),
             static=self.activation is not None and self.activation.range != "dynamic",
             learned_input=self.activation is not None and self.activation.range == "learned",
+            smooth=smooth,
             activation_schedule=schedules.Constant(offset=self.activation.offset if self.activation else 0),
             section=self.section,
             answers=self.answers,

@@ -78,15 +78,20 @@ def _packed(program: Program, node: fx.Node, fqn: str, edit: Quantize, packed: P
     target = packed.store
     name = _free_name(target, fqn, form, dims)
     if target.get(name) is None:
-        stored = program.tensor_of(node.args[1])
-        scale = None if stored is None else program.store.get(stored)
-        params = Params(scale) if isinstance(scale, Tensor) else None
+        scale, zero = (_stored(program, argument) for argument in node.args[1:3])
+        params = None if scale is None else Params(scale, zero)
         qtensor = QTensor.quantize(weight.detach(), edit.weight.nearest, params, dims=dims)
         target.put(name, qtensor)
         target.forms[name] = form
         before, after = weight.numel() * weight.element_size(), qtensor.nbytes
         packed.log.append(Entry(stage="lower", rule="pack.weight", where=name, bytes_before=before, bytes_after=after))
     return name
+
+
+def _stored(program: Program, node: object) -> Tensor | None:
+    name = program.tensor_of(node)
+    value = None if name is None else program.store.get(name)
+    return value if isinstance(value, Tensor) else None
 
 
 def _free_name(target: Store, name: str, form: str, dims: tuple[int, ...] | None) -> str:

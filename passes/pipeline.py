@@ -11,9 +11,10 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from ..runtime.errors import CalibrationError
+from ..runtime.errors import CalibrationError, RecipeError
 from ..runtime.plan import DropBlock, Plan, Slice, Sparsify, input_scale_name, input_zero_name
 from ..runtime.program import Program
+from ..runtime.qtensor import QTensor
 from ..runtime.store import Store
 from .canonicalize import TO_LINEAR, canonicalize
 from .certify import require_real
@@ -37,9 +38,12 @@ from .quantize.calibrate import calibrate, require_calls, static_sites
 from .quantize.course import Course
 from .quantize.cuts import slice_scales
 from .quantize.decide import Pace, QuantizeRule, decide, require_zero_codes
+from .quantize.equalize import STAGE as EQUALIZE
+from .quantize.equalize import Advance, Fold, find_folds, refold
 from .quantize.insert import insert
 from .quantize.live import Live, floating, place_ranges
 from .quantize.observers import MakeObserver, Observer
+from .quantize.rounded import by_data, replayed, rounded
 from .quantize.steps import on_steps
 from .rewrite import apply_rules
 
@@ -61,7 +65,9 @@ class Job:
     paces: the schedules of each edit, by parameter, where training was asked for
     course: where they are, made before the first fake-quantise node; seed: of stochastic rounding
     momentum: of ranges that training observes
-    reference: the program in floating point as it was when quantisation was inserted, to compare layers with
+    folds: scales that went from activations into weights, None until found
+    advance: called as advance(done, total) while weights are rounded by data
+    reference: the program in floating point as it was when quantisation began, to compare layers with
     """
 
     rules: Sequence[QuantizeRule] = ()
@@ -85,6 +91,8 @@ class Job:
     course: Course | None = None
     seed: int = 0
     momentum: float = 0.9
+    folds: tuple[Fold, ...] | None = None
+    advance: Advance = lambda done, total: None
     reference: Program | None = None
 
     @property
@@ -199,6 +207,45 @@ def _decide(program: Program, job: Job) -> Program:
     return program
 
 
+def _batches(job: Job, fqn: str) -> Iterable[Sequence[Tensor]]:
+    if job.batches is None:
+        raise CalibrationError(
+            f"{fqn} is not called where it would have been rounded by data",
+            required="calibration data that reaches it",
+            found="a call of the model with other arguments than those of data=",
+            cure="compress with inputs= and data= of this kind, or choose method 'nearest'",
+        )
+    return job.batches()
+
+
+def _equalize(program: Program, job: Job) -> Program:
+    """Scales are found once, and folded into every variant alike."""
+    edits = (job.plan or Plan()).quantizations
+    if job.folds is None:
+        first = next(edit for edit in edits if edit.moves_scale)
+        job.folds = find_folds(program, edits, _batches(job, first.fqn), job.advance)
+        if not job.folds and any(edit.smooth is not None for edit in edits):
+            reasons = {e.reason for e in program.log if e.stage == EQUALIZE and not e.applied}
+            raise RecipeError(
+                "smooth finds no activation that it could make smaller for free",
+                required="a layer whose input comes from a norm or a linear layer alone, and is read by nothing else",
+                found="; ".join(sorted(reasons)[:3]),
+                cure="leave out smooth, or choose range 'dynamic', which needs it less",
+            )
+    return refold(program, job.folds)
+
+
+def _round(program: Program, job: Job) -> Program:
+    """Codes are found once; later variants read them from the finished store."""
+    plan = job.plan or Plan()
+    edits = by_data(plan)
+    job.reference = program.copy(program.store.fork())
+    missing = [fqn for fqn in edits if not isinstance(job.target.get(fqn), QTensor)]
+    if not missing:
+        return replayed(program, plan, job.target)
+    return rounded(program, plan, _batches(job, missing[0]), job.advance)
+
+
 def _calibrate(program: Program, job: Job) -> Program:
     """Ranges are calibrated once; later variants read them from the finished store."""
     sites = static_sites(program, (job.plan or Plan()).quantizations)
@@ -231,7 +278,7 @@ def _calibrate(program: Program, job: Job) -> Program:
 
 def _insert(program: Program, job: Job) -> Program:
     plan = job.plan or Plan()
-    job.reference = program.copy()
+    job.reference = job.reference or program.copy()
     if not job.trains:
         return insert(program, plan)
     sites = static_sites(program, plan.quantizations)
@@ -272,6 +319,14 @@ PREPARE: tuple[Stage, ...] = (
         limit=1e-3,
     ),
     Stage(name="decide", run=_decide, exact=True),
+    # The two below are for finished models: training moves weights, and they would have to be found anew.
+    Stage(
+        name="equalize",
+        run=_equalize,
+        needed=lambda program, job: any(edit.moves_scale for edit in (job.plan or Plan()).quantizations),
+        limit=1e-3,
+    ),
+    Stage(name="round", run=_round, needed=lambda program, job: bool(by_data(job.plan or Plan()))),
     Stage(
         name="calibrate",
         run=_calibrate,

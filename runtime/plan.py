@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .errors import ArtifactError
 from .scheme import Scheme
+
+# How the codes of a weight are found: each number's nearest, or by data that reaches the layer.
+WeightMethod = Literal["nearest", "gptq", "awq"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +30,9 @@ class Quantize:
         call.
     learned: the weight's scale was trained and lies in the Store beside it (`weight_scale_name`)
     learned_input: so was the static activation's
+    method: how the weight is rounded; where not to nearest, its scale and zero point lie in the Store beside it
+        (`weight_scale_name`, `weight_zero_name`)
+    smooth: SmoothQuant's alpha, by which the activation's size moves into the weight
     """
 
     fqn: str
@@ -36,10 +42,22 @@ class Quantize:
     static: bool = False
     learned: bool = False
     learned_input: bool = False
+    method: WeightMethod = "nearest"
+    smooth: float | None = None
+
+    @property
+    def has_scale(self) -> bool:
+        """Whether the weight's scale lies in the Store, and is not to be computed from the weight."""
+        return self.learned or self.method != "nearest"
+
+    @property
+    def moves_scale(self) -> bool:
+        """Whether some of its input's size moves into the weight."""
+        return self.operator == "linear" and (self.method == "awq" or self.smooth is not None)
 
     def without_activation(self) -> Quantize:
         """The same for the weight alone."""
-        return replace(self, activation=None, static=False, learned_input=False)
+        return replace(self, activation=None, static=False, learned_input=False, smooth=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +153,13 @@ class Plan:
 
 
 def weight_scale_name(fqn: str) -> str:
-    """Where the learned scale of parameter `fqn` is stored."""
+    """Where the scale of parameter `fqn` is stored, if it was learned or found by data."""
     return f"{fqn}_scale"
+
+
+def weight_zero_name(fqn: str) -> str:
+    """Where its zero point is stored."""
+    return f"{fqn}_zero_point"
 
 
 def input_scale_name(name: str, call: int = 0) -> str:
@@ -158,7 +181,10 @@ def of_call(name: str, call: int) -> str:
 
 
 def _plain(edit: Edit) -> dict[str, Any]:
-    return asdict(edit)
+    found = asdict(edit)
+    if isinstance(edit, Quantize):  # as plans were written before there were such methods
+        found = {k: v for k, v in found.items() if (k, v) not in (("method", "nearest"), ("smooth", None))}
+    return found
 
 
 def _edit(item: dict[str, Any]) -> Edit:

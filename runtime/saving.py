@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     from .compressed import Compressed
 
 # Raised by one when an older dwindle could no longer read what is written. 2: zeros are left out, and the certificate
-# counts them; a model without is written as 1. What a file has is read by what its entries say.
-FORMAT = 2
+# counts them; 3: the plan says how weights were rounded. A model without is written as 1. What a file has is read by
+# what its entries say.
+FORMAT = 3
 MANIFEST, WEIGHTS, CONFIG = "manifest.json", "weights.safetensors", "config.json"
 
 # Widest line of a manifest: most nodes of a graph fit.
@@ -84,7 +85,8 @@ def describe(model: Compressed, tensors: Mapping[str, Any]) -> dict[str, Any]:
         ],
     }
     own = importlib.metadata.version("dwindle")
-    version = FORMAT if model.plan.sparsities else 1
+    by_data = any(edit.method != "nearest" or edit.smooth is not None for edit in model.plan.quantizations)
+    version = 3 if by_data else 2 if model.plan.sparsities else 1
     return {"format": version, "dwindle": own, **names, **{name: plain(part, name) for name, part in parts.items()}}
 
 

@@ -94,7 +94,7 @@ def test_a_manifest_edited_by_hand(folder: Path) -> None:
 
 def test_a_newer_format(folder: Path) -> None:
     rewrite(folder, lambda m: m.update(format=saving.FORMAT + 1, dwindle="9.0", sha256="?"), sign=False)
-    with pytest.raises(ArtifactError, match=r"(?s)newer.*format 3, written by dwindle 9\.0.*cure: update dwindle"):
+    with pytest.raises(ArtifactError, match=r"(?s)newer.*format 4, written by dwindle 9\.0.*cure: update dwindle"):
         load(folder)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...runtime.errors import RecipeError, SchemeError
 from ...runtime.numerics import scale_shape
-from ...runtime.plan import Quantize
+from ...runtime.plan import Quantize, WeightMethod
 from ...runtime.program import Entry, Program
 from ...runtime.qtensor import packed_nbytes, require_finite
 from ...runtime.scheme import Scheme
@@ -41,8 +41,10 @@ class QuantizeRule:
     weight: None leaves them in floating point, unless `adds`: then the rule says only what their activation gets, and
         their weight is as earlier rules have it; groups: how many scales it has, in place of the scheme's granularity
     learned: the weight's scale is trained; schedule: its bits while training
+    method: how linear layers' weights are rounded
     activation: None is weight-only; static: calibrate the activation's range instead of taking it on each call, and
         learned_input: train it
+    smooth: SmoothQuant's alpha for the activations of linear layers
     section: of a configuration; no two patterns of one section may choose the same module
     answers: only the layers whose result is an output of the model
     optional: what it names may be missing, which is an error otherwise
@@ -55,10 +57,12 @@ class QuantizeRule:
     adds: bool = False
     groups: int | None = None
     learned: bool = False
+    method: WeightMethod = "nearest"
     schedule: Schedule = AT_ONCE
     activation: Scheme | None = None
     static: bool = False
     learned_input: bool = False
+    smooth: float | None = None
     activation_schedule: Schedule = AT_ONCE
     section: str = ""
     answers: bool = False
@@ -106,7 +110,7 @@ def _rule_for(model: Reading, use: Use, rules: Sequence[QuantizeRule]) -> Quanti
             continue
         if rule.weight is None or added is None:
             return rule if rule.weight is not None else None
-        taken = ("activation", "static", "learned_input", "activation_schedule")
+        taken = ("activation", "static", "learned_input", "smooth", "activation_schedule")
         return replace(rule, **{name: getattr(added, name) for name in taken})
     return None
 
@@ -174,6 +178,7 @@ def _edits(model: Reading, fqn: str, calls: Sequence[tuple[Use, QuantizeRule | N
         model.log.append(Entry(stage=STAGE, rule="decide.quantize", where=fqn, applied=False, reason=reason))
         return []
     edits: dict[str, tuple[Quantize, Pace]] = {}
+    method = _method(model, fqn, chosen)
     for use, rule in chosen:
         meets = _meeting(use, rule.activation)
         edit = Quantize(
@@ -184,9 +189,31 @@ def _edits(model: Reading, fqn: str, calls: Sequence[tuple[Use, QuantizeRule | N
             static=rule.static and meets is not None,
             learned=widest.learned,
             learned_input=rule.learned_input and meets is not None,
+            method=method,
+            smooth=rule.smooth if meets is not None and use.operator == "linear" else None,
         )
         edits[use.operator] = _affordable(model, use, edit), Pace(widest.schedule, rule.activation_schedule)
     return list(edits.values())
+
+
+def _method(model: Reading, fqn: str, chosen: Sequence[tuple[Use, QuantizeRule]]) -> WeightMethod:
+    """How one weight is rounded: to nearest where it is also looked up, since any row may be."""
+    by_data: list[WeightMethod] = [rule.method for _, rule in chosen if rule.method != "nearest"]
+    method: WeightMethod = by_data[0] if by_data else "nearest"
+    others = [use.operator for use, _ in chosen if use.operator != "linear"]
+    if method != "nearest" and others:
+        reason = f"{others[0]} reads the weight as well; rounded to nearest"
+        entry = Entry(stage=STAGE, rule=f"decide.{method}", where=fqn, applied=False, reason=reason)
+        model.log.append(entry)
+        return "nearest"
+    if method == "awq" and any(rule.smooth is not None for _, rule in chosen):
+        raise RecipeError(
+            f"{fqn} is to be scaled twice",
+            required="method 'awq', which finds the scale of inputs itself, or smooth",
+            found="both",
+            cure="leave out one of the two; method 'gptq' goes with smooth",
+        )
+    return method
 
 
 def _meeting(use: Use, activation: Scheme | None) -> Scheme | None:

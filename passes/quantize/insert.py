@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from ...runtime.ops.catalog import LIBRARY
 from ...runtime.ops.quantize import FAKE_QUANTIZE
-from ...runtime.plan import Plan, Quantize, input_scale_name, input_zero_name, weight_scale_name
+from ...runtime.plan import Plan, Quantize, input_scale_name, input_zero_name, weight_scale_name, weight_zero_name
 from ...runtime.program import Entry, Program
 from .sites import Site, find_sites
 
@@ -93,8 +93,9 @@ class Fixed:
         """fake(W), once for all calls that take W alike."""
         key = (site.weight, edit.weight.nearest.spell())
         if key not in self._weights:
-            scale = program.get_attr(weight_scale_name(edit.fqn), site.node) if edit.learned else None
-            args = (scale, None, key[1])
+            names = (weight_scale_name(edit.fqn), weight_zero_name(edit.fqn)) if edit.has_scale else ()
+            reads = [program.get_attr(n, site.node) for n in names if program.store.get(n) is not None]
+            args = (*(*reads, None, None)[:2], key[1])
             self._weights[key] = program.emit_alike(FAKE_QUANTIZE.overload, site.weight, *args, like=site.node)
         site.node.replace_input_with(site.weight, self._weights[key])
 

@@ -1,0 +1,161 @@
+"""What rounding to 4 and 3 bits costs a language model: to nearest, by AWQ, by GPTQ, and trained for it.
+
+    python benchmarks/glass_gptq.py [--seeds 0 1 2] [--runs "w4 gptq"] [--again]
+
+GlassLM is fine-tuned on five novels of Austen as `training.py` does it (seed: the order of its batches) and then
+compressed; perplexity is on *Persuasion*. Weights of all linear layers have groups of 32 (the down projection, of 341
+inputs, of 31); the shared embedding is rounded to nearest in every run. GPTQ and AWQ see windows from the five novels.
+Training with 4 bits has the steps, batches and learning rates of the float run, so its cost is beside that of the
+calibration. Differences to float are paired, window by window. Runs are kept one by one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import timing  # before torch
+from language import evaluate_language, load_austen, load_glass
+from quantised_training import against
+from results import Point, Results
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from training import BATCH, LANGUAGE, random_windows, train
+
+import dwindle
+
+CALIBRATION = 16  # batches of 32 windows of 128 tokens
+CALIBRATION_SEED = 1000  # other windows than those of training
+
+Recipe = Mapping[str, Any]
+
+
+def groups(bits: int, method: str, **more: Any) -> Recipe:
+    """Weights of all linear layers; the embedding, which the head shares, to nearest whatever the method."""
+    linear = {"weight": {"bits": bits, "group_size": 32, "method": method, **more}}
+    odd = {"modules": "*.down_proj", "weight": {"bits": bits, "group_size": 31, "method": method, **more}}
+    return {"quantize": [linear, odd, {"operators": "embedding", "weight": {"bits": bits, "group_size": 32}}]}
+
+
+def w8a8(activation: Recipe) -> Recipe:
+    """ZeroQuant's weights, and activations as said; the embedding by row."""
+    rows = {"operators": "embedding", "weight": {"bits": 8}}
+    return {"quantize": [{"weight": {"bits": 8}, "activation": activation}, rows]}
+
+
+RUNS: dict[str, Recipe] = {
+    "w8a8 zeroquant": w8a8({"range": "dynamic"}),
+    "w8a8 static": w8a8({"range": "static"}),
+    "w8a8 static, smooth": w8a8({"range": "static", "smooth": 0.5}),
+    "w4 nearest": groups(4, "nearest"),
+    "w4 awq": groups(4, "awq"),
+    "w4 gptq": groups(4, "gptq"),
+    "w3 nearest": groups(3, "nearest"),
+    "w3 awq": groups(3, "awq"),
+    "w3 gptq": groups(3, "gptq"),
+}
+TRAINED = {"w4 trained": groups(4, "nearest"), "w3 trained": groups(3, "nearest")}
+
+
+class Task:
+    """The text, and the fine-tuned float model of each seed; all loaded when first asked for."""
+
+    @functools.cached_property
+    def texts(self) -> tuple[Tensor, Tensor]:
+        """(five novels, Persuasion) as token ids."""
+        return load_austen(load_glass(quiet=True)[1], quiet=True)
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019  # one task a run, and one model of it at a time
+    def tuned(self, seed: int) -> tuple[nn.Module, float]:
+        """The float model, and CPU seconds of its training."""
+        model, started = load_glass(quiet=True)[0], time.process_time()
+        train(model, random_windows(self.texts[0], seed=seed), **LANGUAGE, seed=seed)
+        return model, time.process_time() - started
+
+    def evaluate(self, model: Any) -> Point:
+        """Perplexity, and the loss of each window."""
+        found = evaluate_language(model, self.texts[1])
+        return {"perplexity": found.perplexity, "scores": [round(loss, 6) for loss in found.losses]}
+
+    def float_point(self, seed: int) -> Point:
+        """Of the model that all others are compared with."""
+        model, spent = self.tuned(seed)
+        return {**self.evaluate(model), "CPU s": spent}
+
+    def rounded_point(self, seed: int, recipe: Recipe) -> Point:
+        """Compressed after training; CPU seconds are those of `compress` alone."""
+        model, _ = self.tuned(seed)
+        windows = random_windows(self.texts[0], seed=CALIBRATION_SEED + seed)
+        data = [{"input_ids": batch["input_ids"]} for batch in itertools.islice(windows, CALIBRATION)]
+        started = time.process_time()
+        small = dwindle.compress(model, recipe, inputs=data[0], data=data)
+        spent = time.process_time() - started
+        errors = {entry.where: entry.reason for entry in small.log if entry.stage in ("round", "equalize")}
+        return {**self.finished(small), "CPU s": spent, "layers": errors}
+
+    def trained_point(self, seed: int, recipe: Recipe) -> Point:
+        """Trained with the codes simulated, for as long as the float model was trained."""
+        batches = random_windows(self.texts[0], seed=seed)
+        example, started = next(batches), time.process_time()
+        student = dwindle.prepare(load_glass(quiet=True)[0], recipe, inputs=example)
+        again = random_windows(self.texts[0], seed=seed)
+        train(student, again, **LANGUAGE, seed=seed, after_step=lambda *_: student.step())
+        small = student.finish()
+        return {**self.finished(small), "CPU s": time.process_time() - started}
+
+    def finished(self, small: dwindle.Compressed) -> Point:
+        """What a compressed model scores, and its bytes over the float model's."""
+        certificate = small.certificate
+        return {**self.evaluate(small), "bytes": certificate.bytes_after / certificate.bytes_before}
+
+
+def show(rows: Mapping[str, Sequence[Point]], console: Console) -> None:
+    """Each run's figures for every seed, and its paired difference to float."""
+    table = Table(title="GlassLM on Persuasion", title_justify="left")
+    for heading in ("run", "perplexity", "less float's, %", "bytes", "CPU s"):
+        table.add_column(heading)
+    for run, points in rows.items():
+        apart = "" if run == "float" else against(points, rows["float"], "language")
+        size = f"{points[0]['bytes']:.3f}" if "bytes" in points[0] else "1"
+        perplexity, spent = (
+            " ".join(format(p[key], form) for p in points) for key, form in (("perplexity", ".3f"), ("CPU s", ".0f"))
+        )
+        table.add_row(run, perplexity, apart, size, spent)
+    console.print(table)
+
+
+def main() -> None:
+    """Measure what is not there yet, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", nargs="+", choices=[*RUNS, *TRAINED], help="besides float; all where absent")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--again", action="store_true", help="measure what is already there as well")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    timing.one_thread()
+    results, console, task = Results("glass_gptq", again=arguments.again), Console(width=120), Task()
+    common = {"batch": BATCH, "calibration": CALIBRATION, **LANGUAGE}
+    rows: dict[str, list[Point]] = {}
+    for seed in arguments.seeds:  # the float model of a seed serves all its runs
+        for run in ["float", *(r for r in (*RUNS, *TRAINED) if not arguments.runs or r in arguments.runs)]:
+            recipe = {**RUNS, **TRAINED}.get(run)
+            if recipe is None:
+                measure = functools.partial(task.float_point, seed)
+            elif run in TRAINED:
+                measure = functools.partial(task.trained_point, seed, recipe)
+            else:
+                measure = functools.partial(task.rounded_point, seed, recipe)
+            with Console(stderr=True).status(f"{run}, seed {seed}"):
+                point = results.point({"run": run, "seed": seed, "recipe": recipe, **common}, measure)
+            rows.setdefault(run, []).append(point)
+    show(rows, console)
+
+
+if __name__ == "__main__":
+    main()
