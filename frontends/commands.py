@@ -319,7 +319,7 @@ def _require_data(recipe: Recipe, data: str | None) -> None:
     """Ask for calibration data before the work. Raises CalibrationError."""
     from .compress import data_is_missing
 
-    if data is None and any(rule.static for rule in recipe.rules()):
+    if data is None and (any(rule.static for rule in recipe.rules()) or any(rule.by for rule in recipe.depths())):
         raise data_is_missing(recipe, "--data")
 
 

@@ -15,6 +15,7 @@ from ..passes.pipeline import FINISH, PREPARE, SETTLE, Job, run_stages
 from ..passes.prune.score import WITH_DATA
 from ..passes.quantize.decide import QuantizeRule
 from ..passes.quantize.twins import twins_of
+from ..passes.staying import data_is_wanted
 from ..passes.verify import Difference, difference
 from ..runtime.certificate import require_lowered
 from ..runtime.compressed import Compressed
@@ -29,6 +30,7 @@ from .capture import DynamicShapes, capture
 from .distill import task_loss
 from .inputs import as_arguments, flat_batches
 from .measure import measure
+from .progress import late
 from .recipe import Recipe
 
 RecipeSource = Recipe | Mapping[str, Any] | str | Path
@@ -50,8 +52,8 @@ def compress(
 
     recipe: a preset's name, a file, a dict or a Recipe
     inputs: one example batch (dict of keyword arguments, tuple, or tensor); made up for transformers models
-    data: batches like `inputs`, for recipes with static activations, and for pruning by taylor or fisher (with labels)
-        or by routed mass
+    data: batches like `inputs`, for recipes with static activations, for pruning by taylor or fisher (with labels)
+        or by routed mass, and for layers chosen by influence or change
     dynamic_shapes: names of dimensions that vary, {"input_ids": {0: "batch"}}; None finds batch and sequence
 
     The model is borrowed: its tensors are read, never written, and nothing about it changes. Returns a
@@ -72,7 +74,8 @@ def compress(
     job = Job(rules=rules, target=target, batches=batches, observer=recipe.calibration.observer)
     job.depth, job.prunes, job.inputs = recipe.depths(), recipe.prunes(), proof_inputs(captured, tensors)
     job.sparsifies, job.loss = recipe.sparsifies(), task_loss
-    driver = prepared(captured, tensors, job)
+    with late("Ranking layers") as job.advance:
+        driver = prepared(captured, tensors, job)
     require_effect(rules, job.plan, captured.log)
     program, lowering, output = finish(driver, tensors, job)
     plan = job.plan or Plan()
@@ -219,8 +222,9 @@ def calibration_batches(
     program: Program, signature: Signature, recipe: Recipe, data: Iterable[Any] | None
 ) -> Callable[[], Iterable[Sequence[Tensor]]]:
     """Flat batches of `data`, asked for only where something needs them; then no data is an error."""
-    if isinstance(data, Iterator) and any(rule.score in WITH_DATA for rule in recipe.prunes()):
-        data = list(data)  # pruning reads it, and so may ranges
+    several = any(rule.score in WITH_DATA for rule in recipe.prunes()) or any(rule.by for rule in recipe.depths())
+    if isinstance(data, Iterator) and several:
+        data = list(data)  # depth and pruning read it, and so may ranges
 
     def batches() -> Iterable[Sequence[Tensor]]:
         if data is None:
@@ -231,7 +235,10 @@ def calibration_batches(
 
 
 def data_is_missing(recipe: Recipe, given: str) -> CalibrationError:
-    """For a recipe with static activations, or with a score that goes by data, and no data; `given`: how to give it."""
+    """For a recipe that goes by data, in depth, a score or static activations, and no data; `given`: how to give it."""
+    by = next((rule.by for rule in recipe.depths() if rule.by is not None), None)
+    if by is not None:
+        return data_is_wanted(by, given)
     by_data = next((rule.score for rule in recipe.prunes() if rule.score in WITH_DATA), None)
     if by_data is not None:
         return CalibrationError(

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..passes.certify import tensor_sizes
 from ..passes.pipeline import Job
 from ..passes.prune.pruning import Pruning
 from ..passes.prune.sparsify import zero
@@ -32,6 +33,7 @@ from .compress import (
 )
 from .inputs import as_arguments
 from .pacing import Pacer
+from .progress import late
 from .recipe import Recipe
 from .student import Student
 
@@ -70,11 +72,12 @@ def prepare(
     job.sparsifies = recipe.sparsifies()
     if data is not None:
         job.batches, job.observer = calibration_batches(first, signature, recipe, data), recipe.calibration.observer
-    program = prepared(first, tensors, job).program
+    with late("Ranking layers") as job.advance:
+        program = prepared(first, tensors, job).program
     require_effect(job.rules, job.plan, first.log)
     plan = job.plan or Plan()
     course = job.course or Course(store, plan.quantizations, {}, recipe.seed)
-    gone = unread(program, plan)
+    sizes, gone = tensor_sizes(program), unread(program, plan)
     for name in gone:
         store.take(name)
     pruning = Pruning(job.pruning, job.sparsity)
@@ -106,6 +109,7 @@ def prepare(
 
     student = Student.named(model, "Student")(store, plan, signature, grow=grow, attributes=forwarded(model))
     student.recipe, student.example, student._recapture = recipe, arguments, recapture
+    student._left_out = {name: sizes[name] for name in gone}
     student._teacher = () if teacher is None else (teacher,)
     student.pacer = Pacer(course, pruning, recipe.sensitivity, recipe.adaptive())
     student.add(program)

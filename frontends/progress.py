@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 from rich.console import Console
@@ -54,9 +55,17 @@ class Steps:
                 advance(done, total or done + 1)
 
 
+# The steps that are on screen: what has steps of its own and runs within them adds to them.
+_SHOWN: ContextVar[Steps | None] = ContextVar("shown", default=None)
+
+
 @contextmanager
 def steps(*, quiet: bool = False) -> Iterator[Steps]:
     """Show steps until the block ends; quiet shows none."""
+    shown = _SHOWN.get()
+    if shown is not None and not quiet:
+        yield shown
+        return
     console = Console(file=sys.stderr)
     columns = (
         SpinnerColumn(finished_text="✓"),
@@ -65,4 +74,28 @@ def steps(*, quiet: bool = False) -> Iterator[Steps]:
         _Count(),
     )
     with Progress(*columns, TimeElapsedColumn(), console=console, disable=quiet) as progress:
-        yield Steps(progress)
+        shown = Steps(progress)
+        token = None if quiet else _SHOWN.set(shown)
+        try:
+            yield shown
+        finally:
+            if token is not None:
+                _SHOWN.reset(token)
+
+
+@contextmanager
+def late(name: str, *, quiet: bool = False) -> Iterator[Advance]:
+    """A step that is shown once it first advances, and until it is done or the block ends."""
+    with ExitStack() as open_steps:
+        under_way: list[Advance] = []
+
+        def advance(done: int, total: int) -> None:
+            if not under_way:
+                stage = open_steps.enter_context(steps(quiet=quiet))
+                under_way.append(open_steps.enter_context(stage.step(name)))
+            under_way[0](done, total)
+            if done >= total:
+                under_way.clear()
+                open_steps.close()
+
+        yield advance

@@ -17,9 +17,10 @@ from ..runtime.program import Program
 from ..runtime.store import Store
 from .canonicalize import TO_LINEAR, canonicalize
 from .certify import require_real
-from .depth import DepthRule, dropped, drops_of
+from .depth import DepthRule, dropped
 from .driver import Driver, Pass
 from .fold import fold_batch_norm, fold_constants
+from .influence import Advance, quiet
 from .lower import lower
 from .prune import sparsify as zeros
 from .prune.course import PruneCourse
@@ -42,13 +43,14 @@ from .quantize.live import Live, floating, place_ranges
 from .quantize.observers import MakeObserver, Observer
 from .quantize.steps import on_steps
 from .rewrite import apply_rules
+from .staying import drops_of
 
 
 @dataclass
 class Job:
     """What passes need beyond the program, and what deciding passes decide.
 
-    depth: rules of depth; drops: the blocks that go
+    depth: rules of depth; drops: the blocks that go; advance: told how far rules are that measure
     prunes: pruning rules; slices: the cuts that they come to, None until decided
     pruning: where they are in training, made before the first mask
     sparsifies: rules of zeros; masks: what they come to by weight, None until decided; sparsity: they in training
@@ -67,6 +69,7 @@ class Job:
     rules: Sequence[QuantizeRule] = ()
     depth: Sequence[DepthRule] = ()
     drops: tuple[DropBlock, ...] = ()
+    advance: Advance = quiet
     prunes: Sequence[PruneRule] = ()
     slices: tuple[Slice, ...] | None = None
     pruning: PruneCourse | None = None
@@ -136,7 +139,10 @@ def _fold_constants(program: Program, job: Job) -> Program:
 
 
 def _drop(program: Program, job: Job) -> Program:
-    job.drops = tuple(drops_of(program, job.depth)) if job.plan is None else job.plan.drops
+    if job.plan is None:
+        job.drops = tuple(drops_of(program, job.depth, job.batches, job.advance))
+    else:
+        job.drops = job.plan.drops
     return dropped(program, job.drops)
 
 
