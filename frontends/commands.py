@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console, Group
@@ -175,10 +175,15 @@ def inspect(
     graph: Annotated[
         Path | None, typer.Option(help="Write the groups as .svg, .dot or .graphml.", show_default=False)
     ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Rank the layers on --data, by influence, change or greedy.", show_default=False),
+    ] = None,
+    data: Data = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Show what an artifact is, or what a recipe would do to a model, or its groups for pruning."""
+    """Show what an artifact is, or what a recipe would do to a model, its groups for pruning, or how layers rank."""
     from .models import is_artifact, load_source
     from .progress import steps
 
@@ -201,6 +206,17 @@ def inspect(
                 coupled = couple(source.model, source.inputs)
         wrote = [] if graph is None else [Text(f"Wrote {coupled.write(graph)}")]
         _show(as_json, coupled.to_json, coupled, *wrote)
+        return
+    if layers is not None:
+        from .models import load_data
+        from .rank import rank_layers
+
+        with steps() as stage, _quiet_libraries():
+            with stage.step(f"Loading {Path(model).name}"):
+                source = load_source(model)
+            batches = None if data is None else load_data(data, source)
+            ranking = rank_layers(source.model, batches, inputs=source.inputs, by=cast(Any, layers))
+        _show(as_json, ranking.to_json, ranking)
         return
     from .survey import survey
 

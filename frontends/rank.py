@@ -125,7 +125,7 @@ def rank_layers(
             "layers are ranked by data",
             required="data=[batch, ...]",
             found="none" if batches is None else "no batch",
-            cure="give a few batches such as the model will meet; 32 rows are often enough",
+            cure="give data=, on the shell --data: a few batches such as the model will meet",
         )
     arguments = as_arguments(model, batches[0] if inputs is None else inputs)
     with own_state():

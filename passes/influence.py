@@ -202,7 +202,8 @@ class _Bar:
         self._advance(self._done, self._total)
 
     def end(self) -> None:
-        self._advance(self._total, self._total)
+        if self._done < self._total:
+            self._advance(self._total, self._total)
 
 
 def influences(
