@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .frontends.compress import compress
     from .frontends.prepare import prepare
+    from .frontends.rank import rank_layers
     from .frontends.recipe import Recipe
     from .frontends.student import Student
     from .frontends.transplant import transplant
@@ -29,6 +30,7 @@ __all__ = [
     "compress",
     "load",
     "prepare",
+    "rank_layers",
     "transplant",
 ]
 
@@ -40,6 +42,7 @@ _HOME = {
     "compress": ".frontends.compress",
     "load": ".runtime.artifact",
     "prepare": ".frontends.prepare",
+    "rank_layers": ".frontends.rank",
     "transplant": ".frontends.transplant",
 }
 

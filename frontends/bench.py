@@ -20,9 +20,9 @@ from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
+from ..passes.waiting import Advance
 from ..runtime.errors import DwindleError
 from .capture import guess_dynamic
-from .progress import Advance
 from .timing import in_turns, machine, quantile, resized
 
 MOST_RUNS = 500

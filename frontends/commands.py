@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console, Group
@@ -153,8 +153,8 @@ def compress(
         if onnx:  # what cannot be exported is refused before anything is written
             require_dtypes({t.dtype for t in [*source.model.parameters(), *source.model.buffers()]})
         batches = None if data is None else stage.track(load_data(data, source), "Calibrating")
-        with stage.step(f"Compressing with {parsed.name or recipe}") as advance:
-            small = compress_model(source.model, parsed, inputs=source.inputs, data=batches, progress=advance)
+        with stage.step(f"Compressing with {parsed.name or recipe}"):
+            small = compress_model(source.model, parsed, inputs=source.inputs, data=batches)
         with stage.step("Measuring latency"):
             report = small.report()
         with appearing(out) as draft:
@@ -175,10 +175,15 @@ def inspect(
     graph: Annotated[
         Path | None, typer.Option(help="Write the groups as .svg, .dot or .graphml.", show_default=False)
     ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Rank the layers on --data, by influence, change or greedy.", show_default=False),
+    ] = None,
+    data: Data = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Show what an artifact is, or what a recipe would do to a model, or its groups for pruning."""
+    """Show what an artifact is, or what a recipe would do to a model, its groups for pruning, or how layers rank."""
     from .models import is_artifact, load_source
     from .progress import steps
 
@@ -201,6 +206,17 @@ def inspect(
                 coupled = couple(source.model, source.inputs)
         wrote = [] if graph is None else [Text(f"Wrote {coupled.write(graph)}")]
         _show(as_json, coupled.to_json, coupled, *wrote)
+        return
+    if layers is not None:
+        from .models import load_data
+        from .rank import rank_layers
+
+        with steps() as stage, _quiet_libraries():
+            with stage.step(f"Loading {Path(model).name}"):
+                source = load_source(model)
+            batches = None if data is None else load_data(data, source)
+            ranking = rank_layers(source.model, batches, inputs=source.inputs, by=cast(Any, layers))
+        _show(as_json, ranking.to_json, ranking)
         return
     from .survey import survey
 
@@ -243,8 +259,8 @@ def bench(
         with stage.step(f"Loading {Path(model).name}"):
             source = load_source(model)
         calibration = None if data is None else stage.track(load_data(data, source), "Calibrating")
-        with stage.step(f"Compressing with {parsed.name or recipe}") as advance:
-            small = compress_model(source.model, parsed, inputs=source.inputs, data=calibration, progress=advance)
+        with stage.step(f"Compressing with {parsed.name or recipe}"):
+            small = compress_model(source.model, parsed, inputs=source.inputs, data=calibration)
         contenders: dict[str, Callable[..., Any]] = {"eager": source.model, "compressed": small}
         if compiled:
             contenders |= {
@@ -319,7 +335,8 @@ def _require_data(recipe: Recipe, data: str | None) -> None:
     """Ask for calibration data before the work. Raises CalibrationError."""
     from .compress import data_is_missing
 
-    if data is None and (recipe.by_data() or any(rule.static for rule in recipe.rules())):
+    wants = recipe.by_data() or any(rule.static for rule in recipe.rules()) or any(rule.by for rule in recipe.depths())
+    if data is None and wants:
         raise data_is_missing(recipe, "--data")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from ..passes.pipeline import FINISH, PREPARE, SETTLE, Job, run_stages
 from ..passes.prune.score import WITH_DATA
 from ..passes.quantize.decide import QuantizeRule
 from ..passes.quantize.twins import twins_of
+from ..passes.staying import data_is_wanted
 from ..passes.verify import Difference, difference
 from ..runtime.certificate import require_lowered
 from ..runtime.compressed import Compressed
@@ -30,7 +30,7 @@ from .capture import DynamicShapes, capture
 from .distill import task_loss
 from .inputs import as_arguments, flat_batches
 from .measure import measure
-from .progress import Advance, patiently
+from .progress import late
 from .recipe import Recipe
 
 RecipeSource = Recipe | Mapping[str, Any] | str | Path
@@ -47,16 +47,14 @@ def compress(
     inputs: Any = None,
     data: Iterable[Any] | None = None,
     dynamic_shapes: DynamicShapes | None = None,
-    progress: Advance | None = None,
 ) -> Compressed:
     """Compress a trained model without training.
 
     recipe: a preset's name, a file, a dict or a Recipe
     inputs: one example batch (dict of keyword arguments, tuple, or tensor); made up for transformers models
     data: batches like `inputs`, for recipes with static activations, for weights rounded by gptq or awq, for smooth,
-        and for pruning by taylor or fisher (with labels) or by routed mass
+        for layers chosen by influence or change, and for pruning by taylor or fisher (with labels) or by routed mass
     dynamic_shapes: names of dimensions that vary, {"input_ids": {0: "batch"}}; None finds batch and sequence
-    progress: called as progress(done, total) while layers are rounded by data; None shows a bar where that takes long
 
     The model is borrowed: its tensors are read, never written, and nothing about it changes. Returns a
     Compressed, called like the model. Raises RecipeError, CaptureError, CalibrationError, SchemeError,
@@ -76,8 +74,8 @@ def compress(
     job = Job(rules=rules, target=target, batches=batches, observer=recipe.calibration.observer)
     job.depth, job.prunes, job.inputs = recipe.depths(), recipe.prunes(), proof_inputs(captured, tensors)
     job.sparsifies, job.loss = recipe.sparsifies(), task_loss
-    with contextlib.nullcontext(progress) if progress is not None else patiently("Rounding by data") as job.advance:
-        driver = prepared(captured, tensors, job)
+    job.show = late
+    driver = prepared(captured, tensors, job)
     require_effect(rules, job.plan, captured.log)
     program, lowering, output = finish(driver, tensors, job)
     plan = job.plan or Plan()
@@ -224,8 +222,9 @@ def calibration_batches(
     program: Program, signature: Signature, recipe: Recipe, data: Iterable[Any] | None
 ) -> Callable[[], Iterable[Sequence[Tensor]]]:
     """Flat batches of `data`, asked for only where something needs them; then no data is an error."""
-    if isinstance(data, Iterator) and (recipe.by_data() or any(r.score in WITH_DATA for r in recipe.prunes())):
-        data = list(data)  # pruning and rounding read it, and so may ranges
+    rules = (*(r.score in WITH_DATA for r in recipe.prunes()), *(bool(r.by) for r in recipe.depths()))
+    if isinstance(data, Iterator) and (recipe.by_data() or any(rules)):
+        data = list(data)  # depth, pruning and rounding read it, and so may ranges
 
     def batches() -> Iterable[Sequence[Tensor]]:
         if data is None:
@@ -236,7 +235,10 @@ def calibration_batches(
 
 
 def data_is_missing(recipe: Recipe, given: str) -> CalibrationError:
-    """For a recipe with static activations, or that prunes or rounds by data, and no data; `given`: how to give it."""
+    """For a recipe that goes by data, in depth, a score, rounding or static activations; `given`: how to give it."""
+    by = next((rule.by for rule in recipe.depths() if rule.by is not None), None)
+    if by is not None:
+        return data_is_wanted(by, given)
     by_data = next((rule.score for rule in recipe.prunes() if rule.score in WITH_DATA), None)
     if by_data is not None:
         return CalibrationError(

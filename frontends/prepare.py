@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..passes.certify import tensor_sizes
 from ..passes.pipeline import Job
 from ..passes.prune.pruning import Pruning
 from ..passes.prune.sparsify import zero
@@ -34,6 +35,7 @@ from .inputs import as_arguments
 from .lessons import Lessons
 from .pacing import Pacer
 from .pairs import pairs_of
+from .progress import late
 from .recipe import Recipe
 from .student import Student
 from .teacher import Teacher, require_vocabulary
@@ -74,11 +76,12 @@ def prepare(
     job.sparsifies = recipe.sparsifies()
     if data is not None:
         job.batches, job.observer = calibration_batches(first, signature, recipe, data), recipe.calibration.observer
+    job.show = late
     program = prepared(first, tensors, job).program
     require_effect(job.rules, job.plan, first.log)
     plan = job.plan or Plan()
     course = job.course or Course(store, plan.quantizations, {}, recipe.seed)
-    gone = unread(program, plan)
+    sizes, gone = tensor_sizes(program), unread(program, plan)
     for name in gone:
         store.take(name)
     pruning = Pruning(job.pruning, job.sparsity)
@@ -110,6 +113,7 @@ def prepare(
 
     student = Student.named(model, "Student")(store, plan, signature, grow=grow, attributes=forwarded(model))
     student.recipe, student.example, student._recapture = recipe, arguments, recapture
+    student._left_out = {name: sizes[name] for name in gone}
     student.pacer = Pacer(course, pruning, recipe.sensitivity, recipe.adaptive())
     student.add(program)
     if teacher is not None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-Advance = Callable[[int, int], None]
-"""Called as advance(done, total)."""
+from ..passes.waiting import Advance
 
 T = TypeVar("T")
 
@@ -58,32 +58,18 @@ class Steps:
                 advance(done, total or done + 1)
 
 
+# The steps that are on screen: what has steps of its own and runs within them adds to them.
+_SHOWN: ContextVar[Steps | None] = ContextVar("shown", default=None)
+
+
 @contextmanager
 def steps(*, quiet: bool = False) -> Iterator[Steps]:
     """Show steps until the block ends; quiet shows none."""
-    with _progress(Console(file=sys.stderr), quiet=quiet) as progress:
-        yield Steps(progress)
-
-
-@contextmanager
-def patiently(name: str) -> Iterator[Advance]:
-    """How far something is, shown on a terminal once it has taken `PATIENCE` seconds."""
-    console, begun = Console(file=sys.stderr), time.monotonic()
-    progress = _progress(console, quiet=not console.is_terminal)
-    task = progress.add_task(name, total=None)
-
-    def advance(done: int, total: int) -> None:
-        if time.monotonic() - begun > PATIENCE:
-            progress.start()
-        progress.update(task, completed=done, total=total)
-
-    try:
-        yield advance
-    finally:
-        progress.stop()
-
-
-def _progress(console: Console, *, quiet: bool) -> Progress:
+    shown = _SHOWN.get()
+    if shown is not None and not quiet:
+        yield shown
+        return
+    console = Console(file=sys.stderr)
     columns = (
         SpinnerColumn(finished_text="✓"),
         TextColumn("{task.description}", markup=False),
@@ -91,4 +77,31 @@ def _progress(console: Console, *, quiet: bool) -> Progress:
         _Count(),
         TimeElapsedColumn(),
     )
-    return Progress(*columns, console=console, disable=quiet)
+    with Progress(*columns, TimeElapsedColumn(), console=console, disable=quiet) as progress:
+        shown = Steps(progress)
+        token = None if quiet else _SHOWN.set(shown)
+        try:
+            yield shown
+        finally:
+            if token is not None:
+                _SHOWN.reset(token)
+
+
+@contextmanager
+def late(name: str, *, quiet: bool = False) -> Iterator[Advance]:
+    """A step that is shown once it has taken `PATIENCE` seconds, and until it is done or the block ends."""
+    begun = time.monotonic()
+    with ExitStack() as open_steps:
+        under_way: list[Advance] = []
+
+        def advance(done: int, total: int) -> None:
+            if not under_way:
+                if quiet or time.monotonic() - begun < PATIENCE:
+                    return
+                under_way.append(open_steps.enter_context(open_steps.enter_context(steps()).step(name)))
+            under_way[0](done, total)
+            if done >= total:
+                under_way.clear()
+                open_steps.close()
+
+        yield advance

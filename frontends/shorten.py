@@ -74,10 +74,11 @@ def _row(model: nn.Module, path: str, last: int) -> nn.ModuleList | nn.Sequentia
 def _follow(model: nn.Module, row: str, before: int, stay: Sequence[int]) -> None:
     """The number of layers in configs of what holds the row, and their lists of one entry a layer: caches go by them.
 
-    A row within a block has no such number.
+    A row within a block of another has an entry of `depths`, if any, as the stages of Swin and ConvNeXt have.
     """
     parts = row.split(".")
-    if any(part.isdigit() for part in parts):
+    stages = [int(part) for part in parts if part.isdigit()]
+    if len(stages) > 1:
         return
     configs: dict[int, tuple[Any, list[str]]] = {}  # with the path of the outermost module that has it
     for n in range(len(parts)):
@@ -85,12 +86,20 @@ def _follow(model: nn.Module, row: str, before: int, stay: Sequence[int]) -> Non
         if config is not None:
             configs.setdefault(id(config), (config, parts[:n]))
     for config, owner in configs.values():
+        if stages:
+            depths = list(getattr(config, "depths", None) or ())
+            if stages[0] < len(depths) and depths[stages[0]] == before:
+                depths[stages[0]] = len(stay)
+                config.depths = depths
+            continue
         # T5's decoder has a config of its own, where the number of layers is its own too.
         alone = _decodes(owner) or not any(hasattr(config, name) for name in COUNTS if _decodes([name]))
         for name, value in list(vars(config).items()):
             listed = isinstance(value, list) and len(value) == before and "layer" in name
             if listed and _meant(name, parts, alone):
                 setattr(config, name, [value[i] for i in stay])
+                if name == "attention_layers" and hasattr(config, "attention_types"):  # GPT-Neo makes one of the other
+                    config.attention_types = [[list(config.attention_layers), 1]]
         for name in COUNTS:
             if getattr(config, name, None) == before and _meant(name, parts, alone):
                 setattr(config, name, len(stay))

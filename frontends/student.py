@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, Self, cast
 
 import torch
@@ -67,6 +68,7 @@ class Student(Tapping):
     _following: bool = False
     _again: Closure | None = None
     _loss: Tensor | None = None
+    _left_out: Mapping[str, int] = MappingProxyType({})  # bytes of the tensors of blocks that were dropped, by name
     _anew = False  # whether a state of the model alone was loaded, and pruning has not begun anew by it
 
     NOT_COPIED = (*Tapping.NOT_COPIED, "pacer", "lessons", "_following", "_again", "_loss")
@@ -279,6 +281,7 @@ class Student(Tapping):
         program.log.append(Entry(stage="finish", rule="finish.compared", reason=f"relative error {apart:.3g}"))
         own = self._own_names()
         sizes = {name: nbytes for name, nbytes in tensor_sizes(trained).items() if name not in own}
+        sizes |= self._left_out
         certificate = certify(program, reference, tensors, sizes, lowering, output, plan.patterns)
         certificate = replace(certificate, code_mismatch=code_mismatch(program, simulated, tensors))
         certificate.check()

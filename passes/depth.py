@@ -6,28 +6,33 @@ A block is a module of a numbered row: encoder.layer.3. Without it, what others 
 
 x is what goes in with y's shape and dtype; of several the one that reaches y without a product, the residual stream.
 What does not depend on x stays, though it is computed in there: sizes, T5's position bias of its first block.
+Of a list in the output that has an entry for each block (hidden states, attention weights) the block's own goes too, as
+in a model that never had it.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
 
 from ..runtime import compat
-from ..runtime.errors import PassError, RecipeError
+from ..runtime.errors import PassError
 from ..runtime.ops.catalog import SIMULATED
 from ..runtime.ops.steps import LINEAR_OF_STEPS
 from ..runtime.plan import DropBlock
 from ..runtime.program import Program, value_of
+from .outputs import given, leave_out, lists
 
 aten = torch.ops.aten
 
 Spread = Literal["even", "ends", "first", "last"]
+By = Literal["influence", "change", "greedy"]
+Measure = Literal["output", "logits", "loss"]
 
 # What a residual stream does not pass.
 PRODUCTS = frozenset(
@@ -55,6 +60,7 @@ class Block:
     """One module of a row, as a graph has it. kind: its class
 
     instead: by value that others use, what stands for it without the block; reason: why it cannot go, or empty
+    listed: values for which nothing stands, and which only lists of the output have
     """
 
     path: str
@@ -62,6 +68,7 @@ class Block:
     nodes: tuple[fx.Node, ...]
     instead: dict[fx.Node, fx.Node] = field(default_factory=dict)
     reason: str = ""
+    listed: tuple[fx.Node, ...] = ()
 
     @property
     def number(self) -> int:
@@ -71,10 +78,14 @@ class Block:
 
 @dataclass(frozen=True)
 class Row:
-    """Blocks below one path, in the order in which they are called."""
+    """Blocks below one path, in the order in which they are called.
+
+    lists: flat places of each list inside the output that has an entry for each block
+    """
 
     path: str
     blocks: tuple[Block, ...]
+    lists: tuple[tuple[int, ...], ...] = ()
 
     def __str__(self) -> str:
         return f"{self.path or repr('')} of {len(self.blocks)}"
@@ -86,11 +97,16 @@ class DepthRule:
 
     spread: of a number k of n: `even` the last of each of k equal parts, so 1, 3, 5 of 6; `ends` from the first to the
         last at equal distances; the `first` or `last` k
+    by: in place of a spread, what data says (see `influence`); measure: how a change is measured
+    max_change: with greedy, the most that may change; then `layers` is the least number that stays
     """
 
     layers: tuple[int, ...] | int
     row: str | None = None
     spread: Spread = "even"
+    by: By | None = None
+    measure: Measure = "output"
+    max_change: float | None = None
 
 
 def spread_over(n: int, k: int, spread: Spread) -> list[int]:
@@ -102,8 +118,11 @@ def spread_over(n: int, k: int, spread: Spread) -> list[int]:
     return [(i + 1) * n // k - 1 for i in range(k)]
 
 
-def find_rows(program: Program, least: int = 2) -> list[Row]:
-    """All rows of at least so many blocks, in the order in which they are called; some lie in blocks of others."""
+def find_rows(program: Program, least: int = 2, *, shared: bool = False) -> list[Row]:
+    """All rows of at least so many blocks, in the order in which they are called; some lie in blocks of others.
+
+    shared: also those of one block that is called several times, which cannot go
+    """
     calls: dict[str, dict[str, list[fx.Node]]] = {}  # by path: the nodes of each call
     kinds: dict[str, str] = {}
     outer = set[str]()  # modules that have others inside
@@ -119,14 +138,37 @@ def find_rows(program: Program, least: int = 2) -> list[Row]:
         above, _, number = path.rpartition(".")
         if number.isdigit() and path in outer:
             rows.setdefault(above, []).append(path)
-    found = {row: paths for row, paths in rows.items() if len(paths) >= least}
-    return [
-        Row(row, tuple(_block(path, kinds[path], list(calls[path].values())) for path in paths))
-        for row, paths in found.items()
-    ]
+    found = {r: paths for r, paths in rows.items() if len(paths) >= least or (shared and len(calls[paths[0]]) > 1)}
+    values, entries = given(program), lists(program.contract.output)
+    elsewhere = {value for place, value in enumerate(values) if not any(place in places for places in entries)}
+    only = set(values) - elsewhere
+    settled: list[Row] = []
+    for path, paths in found.items():
+        row = Row(path, tuple(_block(p, kinds[p], list(calls[p].values()), only) for p in paths))
+        own = [places for places in entries if _has_each(places, values, row)]  # of rows in rows the outer comes first
+        entries = [places for places in entries if places not in own]
+        alone = {values[place] for places in own for place in places}
+        settled.append(Row(path, tuple(_listed(block, alone) for block in row.blocks), tuple(map(tuple, own))))
+    return settled
 
 
-def _block(path: str, kind: str, calls: Sequence[Sequence[fx.Node]]) -> Block:
+def _has_each(places: Sequence[int], values: Sequence[fx.Node], row: Row) -> bool:
+    """Whether a list has a value of each block or one that goes into it, and at most one more."""
+    near = [{*block.nodes, *block.instead.values()} for block in row.blocks]
+    fits = len(places) in (len(near), len(near) + 1)
+    return fits and all(any(values[place] in of for place in places) for of in near)
+
+
+def _listed(block: Block, entries: Collection[fx.Node]) -> Block:
+    alone = next((out for out in block.listed if out not in entries), None)
+    return block if alone is None else replace(block, instead={}, listed=(), reason=_nothing_for(alone))
+
+
+def _nothing_for(out: fx.Node) -> str:
+    return f"its {out.name} is used outside, and nothing that goes in stands for it"
+
+
+def _block(path: str, kind: str, calls: Sequence[Sequence[fx.Node]], only_listed: Collection[fx.Node]) -> Block:
     nodes = tuple(node for call in calls for node in call)
     if len(calls) > 1:
         return Block(path, kind, nodes, reason=f"it is called {len(calls)} times")
@@ -145,12 +187,11 @@ def _block(path: str, kind: str, calls: Sequence[Sequence[fx.Node]]) -> Block:
             instead[out] = alike[0]
     if not instead:
         return Block(path, kind, nodes, reason="nothing that goes in has the shape of what comes out")
-    for out in taken:
-        if out not in instead and needs[out] & set(instead.values()):
-            return Block(
-                path, kind, nodes, reason=f"its {out.name} is used outside, and nothing that goes in stands for it"
-            )
-    return Block(path, kind, nodes, instead)
+    alone = [out for out in taken if out not in instead and needs[out] & set(instead.values())]
+    for out in alone:
+        if out not in only_listed or not all(user in inside or user.op == "output" for user in out.users):
+            return Block(path, kind, nodes, reason=_nothing_for(out))
+    return Block(path, kind, nodes, instead, listed=tuple(alone))
 
 
 def _sources(out: fx.Node, inside: set[fx.Node], past: frozenset[Any] = frozenset()) -> set[fx.Node]:
@@ -179,70 +220,11 @@ def _alike(x: fx.Node, y: fx.Node) -> bool:
     return a.dtype == b.dtype and [str(n) for n in a.shape] == [str(n) for n in b.shape]
 
 
-def drops_of(program: Program, rules: Sequence[DepthRule]) -> list[DropBlock]:
-    """The blocks that go. Raises RecipeError for a row that is not there, for layers that it does not have, none at
-    all, or one twice, and for a block that cannot go.
-    """
-    rows = find_rows(program) if rules else []
-    gone: list[DropBlock] = []
-    for rule in rules:
-        row = _row(rows, rule)
-        stay = _staying(row, rule)
-        for block in (block for block in row.blocks if block.number not in stay):
-            if block.reason:
-                raise RecipeError(
-                    f"block {block.path} cannot be dropped",
-                    required="a block that gives on what it is given, in the same shape",
-                    found=block.reason,
-                    cure="keep it, with keep_layers: [...]",
-                )
-            gone.append(DropBlock(path=block.path))
-    paths = [edit.path for edit in gone]
-    if len(set(paths)) < len(paths):
-        raise RecipeError("two rules of depth concern one row", required="one rule for each row", found=paths[0])
-    return gone
-
-
-def _row(rows: Sequence[Row], rule: DepthRule) -> Row:
-    inner = {b.path for row in rows for b in row.blocks}
-    outermost = [row for row in rows if not any(row.path.startswith(f"{path}.") for path in inner)]
-    named = outermost if rule.row is None else [row for row in rows if row.path == rule.row]
-    if len(named) == 1:
-        return named[0]
-    raise RecipeError(
-        "a rule of depth means no row of blocks" if not named else "a rule of depth may mean several rows of blocks",
-        required="row: the path of one",
-        found=rule.row if not named else ", ".join(map(str, named)),
-        cure=f"rows are {', '.join(map(str, rows[:6]))}" if rows else "this model has no blocks that repeat",
-    )
-
-
-def _staying(row: Row, rule: DepthRule) -> set[int]:
-    numbers = [block.number for block in row.blocks]
-    if isinstance(rule.layers, int):
-        kinds = sorted({block.kind.rpartition(".")[2] for block in row.blocks})
-        if not 0 < rule.layers <= len(numbers):
-            raise RecipeError(f"a depth of {row}", required=f"1 to {len(numbers)} layers", found=rule.layers)
-        if len(kinds) > 1:
-            raise RecipeError(
-                f"the blocks of {row.path} are not alike", required="keep_layers: [...]", found=", ".join(kinds)
-            )
-        return {numbers[i] for i in spread_over(len(numbers), rule.layers, rule.spread)}
-    strange = sorted(set(rule.layers) - set(numbers))
-    twice = sorted({n for n in rule.layers if rule.layers.count(n) > 1})
-    if strange or twice or not rule.layers:
-        raise RecipeError(
-            f"layers of {row}",
-            required=f"numbers from {min(numbers)} to {max(numbers)}, each once, and at least one",
-            found=f"{strange[0]}" if strange else f"{twice[0]} twice" if twice else "none",
-        )
-    return set(rule.layers)
-
-
 def dropped(program: Program, drops: Collection[DropBlock]) -> Program:
     """The graph without these blocks, in place. Raises PassError for one that cannot go here."""
     paths = {edit.path for edit in drops}
-    known = {block.path: block for row in find_rows(program) for block in row.blocks}
+    rows = find_rows(program)
+    known = {block.path: block for row in rows for block in row.blocks}
     for path in paths:
         reason = known[path].reason if path in known else "this graph does not have it"
         if reason:
@@ -250,9 +232,14 @@ def dropped(program: Program, drops: Collection[DropBlock]) -> Program:
     stands: dict[fx.Node, fx.Node] = {}
     gone = [block for path, block in known.items() if path in paths]
     for block in gone:
-        inside = set(block.nodes)
         for out, x in block.instead.items():
             stands[out] = stands.get(x, x)
+    entries = {place for row in rows for place in _entries_that_go(program, row, paths, stands)}
+    if entries:
+        leave_out(program, entries)
+    for block in gone:
+        inside = set(block.nodes)
+        for out in block.instead:
             for user in [user for user in out.users if user not in inside]:
                 user.replace_input_with(out, stands[out])
     for node in reversed([node for block in gone for node in block.nodes]):
@@ -260,3 +247,23 @@ def dropped(program: Program, drops: Collection[DropBlock]) -> Program:
             program.graph.erase_node(node)
     program.tidy()
     return program
+
+
+def _entries_that_go(program: Program, row: Row, paths: Collection[str], stands: Mapping[fx.Node, fx.Node]) -> set[int]:
+    """Of each list with an entry for each block: those of the blocks that go.
+
+    Where the list has what goes into blocks (as a model does that normalises what comes out of the last), that.
+    """
+    values, going = given(program), set[int]()
+    for places in row.lists:
+        left = set(places)
+        for block in (block for block in row.blocks if block.path in paths):
+            inside = set(block.nodes)
+            own = {place for place in left if values[place] in inside}
+            before: fx.Node | None = next(iter(block.instead.values()))
+            while not own and before is not None:
+                own = {place for place in left if values[place] is before}
+                before = stands.get(before)
+            left -= own
+        going |= set(places) - left
+    return going

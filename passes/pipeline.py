@@ -18,7 +18,7 @@ from ..runtime.qtensor import QTensor
 from ..runtime.store import Store
 from .canonicalize import TO_LINEAR, canonicalize
 from .certify import require_real
-from .depth import DepthRule, dropped, drops_of
+from .depth import DepthRule, dropped
 from .driver import Driver, Pass
 from .fold import fold_batch_norm, fold_constants
 from .lower import lower
@@ -39,13 +39,15 @@ from .quantize.course import Course
 from .quantize.cuts import slice_scales
 from .quantize.decide import Pace, QuantizeRule, decide, require_zero_codes
 from .quantize.equalize import STAGE as EQUALIZE
-from .quantize.equalize import Advance, Fold, find_folds, refold
+from .quantize.equalize import Fold, find_folds, refold
 from .quantize.insert import insert
 from .quantize.live import Live, floating, place_ranges
 from .quantize.observers import MakeObserver, Observer
 from .quantize.rounded import by_data, replayed, rounded
 from .quantize.steps import on_steps
 from .rewrite import apply_rules
+from .staying import drops_of
+from .waiting import Show, unseen
 
 
 @dataclass
@@ -66,7 +68,7 @@ class Job:
     course: where they are, made before the first fake-quantise node; seed: of stochastic rounding
     momentum: of ranges that training observes
     folds: scales that went from activations into weights, None until found
-    advance: called as advance(done, total) while weights are rounded by data
+    show: how far a pass is that takes long
     reference: the program in floating point as it was when quantisation began, to compare layers with
     """
 
@@ -92,7 +94,7 @@ class Job:
     seed: int = 0
     momentum: float = 0.9
     folds: tuple[Fold, ...] | None = None
-    advance: Advance = lambda done, total: None
+    show: Show = unseen
     reference: Program | None = None
 
     @property
@@ -150,7 +152,11 @@ def _fold_constants(program: Program, job: Job) -> Program:
 
 
 def _drop(program: Program, job: Job) -> Program:
-    job.drops = tuple(drops_of(program, job.depth)) if job.plan is None else job.plan.drops
+    if job.plan is None:
+        with job.show("Ranking layers") as advance:
+            job.drops = tuple(drops_of(program, job.depth, job.batches, advance))
+    else:
+        job.drops = job.plan.drops
     return dropped(program, job.drops)
 
 
@@ -223,7 +229,8 @@ def _equalize(program: Program, job: Job) -> Program:
     edits = (job.plan or Plan()).quantizations
     if job.folds is None:
         first = next(edit for edit in edits if edit.moves_scale)
-        job.folds = find_folds(program, edits, _batches(job, first.fqn), job.advance)
+        with job.show("Moving scales") as advance:
+            job.folds = find_folds(program, edits, _batches(job, first.fqn), advance)
         if not job.folds and any(edit.smooth is not None for edit in edits):
             reasons = {e.reason for e in program.log if e.stage == EQUALIZE and not e.applied}
             raise RecipeError(
@@ -243,7 +250,8 @@ def _round(program: Program, job: Job) -> Program:
     missing = [fqn for fqn in edits if not isinstance(job.target.get(fqn), QTensor)]
     if not missing:
         return replayed(program, plan, job.target)
-    return rounded(program, plan, _batches(job, missing[0]), job.advance)
+    with job.show("Rounding by data") as advance:
+        return rounded(program, plan, _batches(job, missing[0]), advance)
 
 
 def _calibrate(program: Program, job: Job) -> Program:

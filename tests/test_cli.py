@@ -36,6 +36,7 @@ def bare(): return torch.nn.Linear(4, 4)
 def text(): return "a text"
 def broken(): raise ValueError("no [weights] here")
 def batches(): return [ZOO["mlp"]()[1] for _ in range(3)]
+def tokens(): return [ZOO["llama"]()[1] for _ in range(2)]
 def number(): return 3
 def half(): return torch.nn.Linear(4, 4).bfloat16(), torch.ones(2, 4).bfloat16()
 """
@@ -76,6 +77,30 @@ def test_compress_calibrates_on_a_factory_of_batches(here: Path) -> None:
     done = run("compress", "tiny:mlp", "-r", "static-w8a8", "-d", "tiny:batches", "-o", "small", "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["certificate"]["simulated"] == 0
+
+
+def test_inspect_ranks_layers() -> None:
+    done = run("inspect", "tiny:llama", "--layers", "greedy", "--data", "tiny:tokens", "--json")
+    assert done.exit_code == 0, done.output
+    (row,) = json.loads(done.stdout)["rows"]
+    assert (row["row"], len(row["order"]), len(row["changes"])) == ("model.layers", 1, 1)
+    shown = run("inspect", "tiny:llama", "--layers", "influence", "--data", "tiny:tokens")
+    assert "Layers of model.layers by influence" in shown.stdout
+    assert "Ranking model.layers" in shown.stderr
+    for wrong, words in ((["influence"], "--data"), (["size", "--data", "tiny:tokens"], "'size'")):
+        refused = run("inspect", "tiny:llama", "--layers", *wrong)
+        assert refused.exit_code == 1
+        assert words in refused.stderr
+
+
+def test_a_recipe_that_chooses_layers_by_data_asks_for_it(here: Path) -> None:
+    (here / "short.json").write_text('{"depth": {"keep": 1, "by": "influence"}}')
+    refused = run("compress", "tiny:llama", "--recipe", "short.json", "--out", "small")
+    assert refused.exit_code == 1
+    assert "--data" in refused.stderr
+    done = run("compress", "tiny:llama", "-r", "short.json", "-d", "tiny:tokens", "-o", "small")
+    assert done.exit_code == 0, done.output
+    assert "Ranking layers" in done.stderr
 
 
 @pytest.mark.slow

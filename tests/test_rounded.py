@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from numerics import assert_close
 from torch import Tensor, nn
 
 import dwindle
+from dwindle.frontends import compress as compressing
 from dwindle.frontends.capture import capture
 from dwindle.frontends.recipe import Recipe
 from dwindle.passes.canonicalize import TO_LINEAR, canonicalize
@@ -22,6 +25,7 @@ from dwindle.passes.quantize.decide import decide
 from dwindle.passes.quantize.equalize import find_folds, refold
 from dwindle.passes.quantize.gptq import gptq, gram
 from dwindle.passes.rewrite import apply_rules
+from dwindle.passes.waiting import Advance
 from dwindle.runtime.errors import CalibrationError, RecipeError
 from dwindle.runtime.plan import Plan
 from dwindle.runtime.program import Program
@@ -131,15 +135,20 @@ def test_layers_that_share_an_input_share_its_products(monkeypatch: pytest.Monke
     model, inputs = ZOO["llama"]()
     calls, seen = [], []
     monkeypatch.setattr(rounding, "gram", lambda *args: calls.append(args) or gram(*args))
+
+    @contextmanager
+    def shown(name: str) -> Iterator[Advance]:
+        yield lambda done, total: seen.append((name, done, total))
+
+    monkeypatch.setattr(compressing, "late", shown)
     dwindle.compress(
         model,
         recipe("gptq"),
         inputs=inputs,
         data=batches(inputs),
-        progress=lambda done, total: seen.append((done, total)),
     )
     assert len(calls) == 2 * 4 + 1  # QKV, output, gate and up, down; the head
-    assert seen == [(i, 15) for i in range(1, 16)]
+    assert seen == [("Rounding by data", i, 15) for i in range(1, 16)]
 
 
 class Twice(nn.Module):

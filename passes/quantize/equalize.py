@@ -13,7 +13,7 @@ as an output, y is multiplied by s again behind its source, and divided where th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ from ...runtime.plan import Quantize
 from ...runtime.program import Entry, Program, value_of
 from ..match import full_args
 from ..stream import Stream
+from ..waiting import Advance
 from .awq import search_scale
 from .gptq import gram
 from .sites import Site, find_sites, readers
@@ -34,8 +35,6 @@ STAGE = "equalize"
 
 # In `Store.forms`: a tensor that has taken over a scale, or given one up.
 SCALED = "scaled"
-
-Advance = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ from ...runtime.program import Entry, Program
 from ...runtime.qtensor import QTensor
 from ...runtime.store import Store
 from ..stream import Stream
+from ..waiting import Advance
 from .clip import Rounded, clip, output_error
-from .equalize import Advance, matrix, required
+from .equalize import matrix, required
 from .gptq import gptq, gram
 from .sites import Site, find_sites
 
