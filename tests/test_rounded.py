@@ -1,4 +1,4 @@
-"""compress() with weights rounded by data and scales moved into weights: sequential, alike in every variant, exact."""
+"""compress() with weights rounded by data: layer after layer, alike in every variant, and what is refused."""
 
 from __future__ import annotations
 
@@ -10,64 +10,21 @@ from typing import Any
 
 import pytest
 import torch
+from by_data import SMOOTH, W4, batches, first, mlp, packed, recipe, worst
 from models import ZOO
-from numerics import assert_close
 from torch import Tensor, nn
 
 import dwindle
 from dwindle.frontends import compress as compressing
-from dwindle.frontends.capture import capture
 from dwindle.frontends.recipe import Recipe
-from dwindle.passes.canonicalize import TO_LINEAR, canonicalize
 from dwindle.passes.quantize import rounded as rounding
 from dwindle.passes.quantize.clip import clip
-from dwindle.passes.quantize.decide import decide
-from dwindle.passes.quantize.equalize import find_folds, refold
 from dwindle.passes.quantize.gptq import gptq, gram
-from dwindle.passes.rewrite import apply_rules
 from dwindle.passes.waiting import Advance
 from dwindle.runtime.errors import CalibrationError, RecipeError
 from dwindle.runtime.plan import Plan
-from dwindle.runtime.program import Program
 from dwindle.runtime.qtensor import QTensor
 from dwindle.runtime.scheme import Scheme
-from dwindle.runtime.store import Store
-
-W4 = Scheme(bits=4, granularity="group", group_size=16)
-SMOOTH = {"quantize": [{"activation": {"range": "static", "smooth": 0.5}}]}
-
-
-def recipe(method: str, **more: Any) -> dict[str, Any]:
-    return {"quantize": [{"weight": {"bits": 4, "group_size": 16, "method": method, **more}}]}
-
-
-def batches(inputs: dict[str, Tensor], count: int = 6) -> list[dict[str, Tensor]]:
-    """Other inputs of the same kind."""
-    generator = torch.Generator().manual_seed(3)
-    return [
-        {
-            name: torch.randint(3, 99, (4, 16), generator=generator)
-            if name == "input_ids"
-            else (torch.ones if name == "attention_mask" else torch.zeros)(4, 16, dtype=torch.int64)
-            for name in inputs
-        }
-        for _ in range(count)
-    ]
-
-
-def first(output: Any) -> Tensor:
-    value: Tensor = next(iter(output.values())) if hasattr(output, "values") else output
-    return value
-
-
-def worst(small: Any, model: nn.Module, data: list[Any]) -> float:
-    with torch.no_grad():
-        pairs = [(first(small(**batch)).double(), first(model(**batch)).double()) for batch in data]
-    return float(sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs)) ** 0.5
-
-
-def packed(small: dwindle.Compressed) -> dict[str, QTensor]:
-    return {name: value for name, value in small.store.entries() if isinstance(value, QTensor)}
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
@@ -87,13 +44,6 @@ def test_both_err_less_than_rounding_to_nearest_and_are_saved(name: str, tmp_pat
         assert again.plan == small.plan
         assert Plan.from_json(small.plan.to_json()) == small.plan
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-
-
-def mlp() -> tuple[nn.Sequential, list[Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    model, _ = ZOO["mlp"]()
-    mixing = torch.randn(16, 16, generator=generator)
-    return model, [torch.randn(20, 16, generator=generator) @ mixing for _ in range(3)]  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
@@ -177,138 +127,6 @@ def test_a_weight_that_two_calls_read_is_rounded_once_for_both_inputs() -> None:
     assert "shared.weight is read by several calls" in reasons
 
 
-@pytest.mark.parametrize("given", [recipe("gptq"), recipe("awq", kind="asymmetric"), SMOOTH])
-def test_a_second_variant_has_the_same_codes(given: dict[str, Any]) -> None:
-    model, inputs = ZOO["llama"]()
-    data = batches(inputs)
-    small = dwindle.compress(model, given, inputs=inputs, data=iter(data))
-    names, before = set(packed(small)), first(small(**inputs))
-    labelled = small(**inputs, labels=inputs["input_ids"])
-    assert torch.equal(labelled.logits, before)
-    assert len(small.variants) == 2
-    assert set(packed(small)) == names
-    assert len(names) == 15
-    # Here the last norm is read by the output as well as by the head, so what it gave up is given back.
-    hidden = small(**inputs, output_hidden_states=True)
-    with torch.no_grad():
-        expected = model(**inputs, output_hidden_states=True).hidden_states[-1]
-    assert_close(hidden.logits, before, "approximate")
-    relative = float((hidden.hidden_states[-1] - expected).norm() / expected.norm())
-    assert relative < 0.2  # of weights in 4 bits; .02 in 8
-    assert set(packed(small)) == names
-
-
-class Gate(nn.Module):
-    """A norm, a gate, and an output that may be asked for what lies between."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self.norm, self.gate, self.up, self.down = norm, nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(24, 16)
-        self.before, self.after = nn.Linear(16, 16), nn.Linear(16, 8)
-
-    def forward(self, x: Tensor, details: bool = False) -> Any:
-        """(B, 16) -> (B, 8)."""
-        y = self.norm(self.before(x))
-        up = self.up(y)
-        y = self.after(torch.relu(self.down(nn.functional.silu(self.gate(y)) * up)))
-        return (y, up) if details else y
-
-
-def gated(norm: str, dtype: torch.dtype = torch.float32) -> tuple[Gate, list[Tensor]]:
-    torch.manual_seed(0)
-    model = Gate(nn.LayerNorm(16) if norm == "layer" else nn.RMSNorm(16))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    sizes = torch.exp(torch.randn(16))
-    return model.eval().to(dtype), [(torch.randn(10, 16) * sizes).to(dtype) for _ in range(3)]
-
-
-def folded(model: nn.Module, data: list[Any], given: Any) -> tuple[Program, Program, Any]:
-    """(as captured, folded, folds) of a model's graph; nothing is quantised."""
-    inputs = data[0] if isinstance(data[0], dict) else {"x": data[0]}
-    program = canonicalize(capture(model, inputs, Store.borrowing(model)))
-    apply_rules(program, TO_LINEAR, "linearize")
-    plain = program.copy(program.store.fork())
-    edits = tuple(decide(program, Recipe.of(given).rules()))
-    flat = [list(batch.values()) if isinstance(batch, dict) else [batch] for batch in data]
-    folds = find_folds(program, edits, flat, lambda done, total: None)
-    return plain, refold(program, folds), folds
-
-
-@pytest.mark.parametrize("given", [SMOOTH, recipe("awq", group_size=8)], ids=["smooth", "awq"])
-@pytest.mark.parametrize("norm", ["layer", "rms"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_what_is_folded_computes_the_same_before_anything_is_quantised(
-    dtype: torch.dtype, norm: str, given: dict[str, Any]
-) -> None:
-    model, data = gated(norm, dtype)
-    plain, program, folds = folded(model, data, given)
-    assert [fold.weights for fold in folds] == [("up.weight", "gate.weight"), ("down.weight",), ("after.weight",)]
-    sources = [{name for name, _ in fold.source.parts} for fold in folds]
-    bias = {"norm.bias"} if norm == "layer" else set()
-    assert sources == [{"norm.weight"} | bias, {"up.weight", "up.bias"}, {"down.weight", "down.bias"}]
-    assert any(not torch.equal(fold.scale, torch.ones_like(fold.scale)) for fold in folds)
-    assert len(program.graph.nodes) == len(plain.graph.nodes)  # nothing more to compute
-    for x in data:
-        with torch.no_grad():
-            (before,), (after,) = plain.run([x]), program.run([x])
-        if dtype is torch.bfloat16:  # powers of two
-            assert torch.equal(before, after)
-        else:
-            assert_close(after, before, "approximate")
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "vit"])
-def test_real_architectures_are_folded_exactly(name: str) -> None:
-    model, inputs = ZOO[name]()
-    data = batches(inputs, 2) if name != "vit" else [inputs]
-    plain, program, folds = folded(model, data, SMOOTH)
-    assert len(folds) == {"llama": 7, "gpt2": 4, "vit": 4}[name]
-    with torch.no_grad():
-        for before, after in zip(plain.run(data[0].values()), program.run(data[0].values()), strict=True):
-            assert_close(after, before, "approximate")
-
-
-def test_what_a_variant_reads_besides_is_given_back() -> None:
-    model, data = gated("layer")
-    small = dwindle.compress(model, SMOOTH, inputs={"x": data[0]}, data=data)
-    y, up = small(data[0], details=True)
-    assert_close(y, small(data[0]), "approximate")
-    with torch.no_grad():
-        expected = model(data[0], details=True)[1]
-    assert float((up - expected).norm() / expected.norm()) < 0.03
-    assert {"up.weight", "up.weight_1"} & set(packed(small)) == {"up.weight"}
-
-
-def test_smoothing_helps_where_a_few_inputs_are_large() -> None:
-    model, data = gated("layer")
-    with torch.no_grad():
-        model.norm.weight[:2] *= 60
-        for layer in (model.up, model.gate):
-            layer.weight[:, :2] /= 60
-    plain = {"quantize": [{"activation": {"range": "static"}}], "calibration": {"method": "minmax"}}
-    smooth = {**SMOOTH, "calibration": {"method": "minmax"}}
-
-    def off(given: dict[str, Any]) -> float:
-        error = dwindle.compress(model, given, inputs={"x": data[0]}, data=data).certificate.output_error["relative"]
-        assert error is not None
-        return error
-
-    assert off(smooth) < 0.5 * off(plain)
-
-
-def test_bert_reads_its_norms_twice_so_nothing_of_it_can_be_smoothed() -> None:
-    model, inputs = ZOO["bert"]()
-    with pytest.raises(RecipeError, match=r"(?s)smooth finds no activation.*comes from aten\.gelu.*cure"):
-        dwindle.compress(model, SMOOTH, inputs=inputs, data=batches(inputs))
-    small = dwindle.compress(model, recipe("awq"), inputs=inputs, data=batches(inputs))
-    declined = {e.where: e.reason for e in small.log if e.rule == "equalize.fold"}
-    assert "encoder.layer.0.output.dense.weight" in declined
-    assert all(not e.applied for e in small.log if e.rule == "equalize.fold")
-
-
 def test_a_head_that_is_also_looked_up_is_rounded_to_nearest() -> None:
     model, inputs = ZOO["tied_lm"]()
     data = [{"input_ids": torch.randint(3, 99, (4, 8))} for _ in range(3)]
@@ -341,15 +159,6 @@ def test_after_pruning_and_zeros_and_fewer_layers(method: str) -> None:
     small = dwindle.compress(model, cut, inputs=inputs, data=batches(inputs))
     assert packed(small)["model.layers.0.mlp.up_proj.weight"].shape == (36, 32)
     assert torch.equal(small(**inputs, labels=inputs["input_ids"]).logits, small(**inputs).logits)
-
-
-@pytest.mark.parametrize("given", [recipe("gptq"), recipe("awq"), SMOOTH], ids=["gptq", "awq", "smooth"])
-def test_the_eager_module_takes_them_over(given: dict[str, Any]) -> None:
-    model, inputs = ZOO["llama"]()
-    small = dwindle.compress(model, given, inputs=inputs, data=batches(inputs))
-    eager = dwindle.transplant(small, model)
-    with torch.no_grad():
-        assert float((eager(**inputs).logits - small(**inputs).logits).norm() / small(**inputs).logits.norm()) < 1e-5
 
 
 @pytest.mark.parametrize(
