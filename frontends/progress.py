@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 from rich.console import Console
@@ -66,3 +67,21 @@ def steps(*, quiet: bool = False) -> Iterator[Steps]:
     )
     with Progress(*columns, TimeElapsedColumn(), console=console, disable=quiet) as progress:
         yield Steps(progress)
+
+
+@contextmanager
+def delayed(name: str, total: int, *, quiet: bool = False, after: float = 2.0) -> Iterator[Callable[[], None]]:
+    """One step of `total` turns, shown once it has taken `after` seconds; call what it yields after each turn."""
+    started, done = time.perf_counter(), 0
+    with ExitStack() as stack:
+        shown: Advance | None = None
+
+        def advance() -> None:
+            nonlocal shown, done
+            done += 1
+            if shown is None and not quiet and time.perf_counter() - started >= after:
+                shown = stack.enter_context(stack.enter_context(steps()).step(name))
+            if shown is not None:
+                shown(done, total)
+
+        yield advance

@@ -48,6 +48,7 @@ class Block:
     """One module of a row, as a graph has it. kind: its class
 
     instead: by value that others use, what stands for it without the block; reason: why it cannot go, or empty
+    calls: how often it is called
     """
 
     path: str
@@ -55,6 +56,7 @@ class Block:
     nodes: tuple[fx.Node, ...]
     instead: dict[fx.Node, fx.Node] = field(default_factory=dict)
     reason: str = ""
+    calls: int = 1
 
     @property
     def number(self) -> int:
@@ -95,8 +97,8 @@ def spread_over(n: int, k: int, spread: Spread) -> list[int]:
     return [(i + 1) * n // k - 1 for i in range(k)]
 
 
-def find_rows(program: Program) -> list[Row]:
-    """All rows of at least two blocks, in the order in which they are called; some lie in blocks of others."""
+def find_rows(program: Program, least: int = 2) -> list[Row]:
+    """All rows of at least so many blocks, in the order in which they are called; some lie in blocks of others."""
     calls: dict[str, dict[str, list[fx.Node]]] = {}  # by path: the nodes of each call
     kinds: dict[str, str] = {}
     outer = set[str]()  # modules that have others inside
@@ -112,7 +114,7 @@ def find_rows(program: Program) -> list[Row]:
         above, _, number = path.rpartition(".")
         if number.isdigit() and path in outer:
             rows.setdefault(above, []).append(path)
-    found = {row: paths for row, paths in rows.items() if len(paths) > 1}
+    found = {row: paths for row, paths in rows.items() if len(paths) >= least}
     return [
         Row(row, tuple(_block(path, kinds[path], list(calls[path].values())) for path in paths))
         for row, paths in found.items()
@@ -122,7 +124,7 @@ def find_rows(program: Program) -> list[Row]:
 def _block(path: str, kind: str, calls: Sequence[Sequence[fx.Node]]) -> Block:
     nodes = tuple(node for call in calls for node in call)
     if len(calls) > 1:
-        return Block(path, kind, nodes, reason=f"it is called {len(calls)} times")
+        return Block(path, kind, nodes, reason=f"it is called {len(calls)} times", calls=len(calls))
     inside = set(nodes)
     taken = [n for n in nodes if any(user not in inside for user in n.users)]
     needs = {out: _sources(out, inside) for out in taken}
@@ -191,10 +193,14 @@ def drops_of(program: Program, rules: Sequence[DepthRule]) -> list[DropBlock]:
     return gone
 
 
-def _row(rows: Sequence[Row], rule: DepthRule) -> Row:
+def outermost(rows: Sequence[Row]) -> list[Row]:
+    """Rows that lie in no block of another."""
     inner = {b.path for row in rows for b in row.blocks}
-    outermost = [row for row in rows if not any(row.path.startswith(f"{path}.") for path in inner)]
-    named = outermost if rule.row is None else [row for row in rows if row.path == rule.row]
+    return [row for row in rows if not any(row.path.startswith(f"{path}.") for path in inner)]
+
+
+def _row(rows: Sequence[Row], rule: DepthRule) -> Row:
+    named = outermost(rows) if rule.row is None else [row for row in rows if row.path == rule.row]
     if len(named) == 1:
         return named[0]
     raise RecipeError(
