@@ -73,6 +73,13 @@ def _options(
             cure="dwindle.compress(model, recipe, data=[...])",
         )
     recipe.require_nearest("torch.compile, which has no calibration data,")
+    if recipe.layerwise is not None:
+        raise RecipeError(
+            "torch.compile cannot train layers",
+            required="a recipe without layerwise",
+            found=recipe.name or "layerwise",
+            cure="dwindle.compress(model, recipe, data=[...])",
+        )
     rules = [name for name in ("depth", "prune", "sparsify") if getattr(recipe, name)]
     if rules:  # torch.compile keeps the model's own tensors
         raise RecipeError(

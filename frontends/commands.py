@@ -137,7 +137,7 @@ def compress(
     """Compress a model after training, and save it with its report."""
     require_free(out)
     from ..runtime.onnx.export import require_dtypes, require_packages
-    from .compress import compress as compress_model
+    from .at_once import compress as compress_model
     from .models import load_data, load_source
     from .page import write_page
     from .progress import steps
@@ -154,7 +154,7 @@ def compress(
             require_dtypes({t.dtype for t in [*source.model.parameters(), *source.model.buffers()]})
         batches = None if data is None else stage.track(load_data(data, source), "Calibrating")
         with stage.step(f"Compressing with {parsed.name or recipe}"):
-            small = compress_model(source.model, parsed, inputs=source.inputs, data=batches)
+            small = compress_model(source.model, parsed, inputs=source.inputs, data=batches, quiet=True)
         with stage.step("Measuring latency"):
             report = small.report()
         with appearing(out) as draft:
@@ -246,8 +246,8 @@ def bench(
     batches, sequences = _numbers(batch), _numbers(seq)
     import torch
 
+    from .at_once import compress as compress_model
     from .bench import bench as measure
-    from .compress import compress as compress_model
     from .inputs import as_arguments
     from .models import load_data, load_source
     from .progress import steps
@@ -260,7 +260,7 @@ def bench(
             source = load_source(model)
         calibration = None if data is None else stage.track(load_data(data, source), "Calibrating")
         with stage.step(f"Compressing with {parsed.name or recipe}"):
-            small = compress_model(source.model, parsed, inputs=source.inputs, data=calibration)
+            small = compress_model(source.model, parsed, inputs=source.inputs, data=calibration, quiet=True)
         contenders: dict[str, Callable[..., Any]] = {"eager": source.model, "compressed": small}
         if compiled:
             contenders |= {
@@ -333,8 +333,11 @@ def demo(
 
 def _require_data(recipe: Recipe, data: str | None) -> None:
     """Ask for calibration data before the work. Raises CalibrationError."""
+    from .at_once import layers_want_data
     from .compress import data_is_missing
 
+    if data is None and recipe.layerwise is not None:
+        raise layers_want_data(recipe, "--data")
     wants = recipe.by_data() or any(rule.static for rule in recipe.rules()) or any(rule.by for rule in recipe.depths())
     if data is None and wants:
         raise data_is_missing(recipe, "--data")

@@ -29,6 +29,7 @@ from .settings import (
     ActivationSettings,
     AdaptiveSettings,
     Calibration,
+    LayerwiseSettings,
     QuantizeEntry,
     ScheduleSettings,
     SensitivitySettings,
@@ -46,7 +47,8 @@ class Recipe(Strict):
     """Everything that is to be done to a model. An empty recipe changes nothing.
 
     schedule, sensitivity: of training, for all entries without a schedule of their own; seed: of stochastic rounding
-    distill: what a teacher counts for in `student.loss`
+    distill: what a teacher counts for in `student.loss`; layerwise: how blocks learn from it one by one, which
+        `compress` does where it is given, and `student.distill_layers` when it is called
     """
 
     name: str = ""
@@ -58,6 +60,7 @@ class Recipe(Strict):
     schedule: ScheduleSettings | None = None
     sensitivity: SensitivitySettings | None = None
     distill: DistillSettings = DistillSettings()
+    layerwise: LayerwiseSettings | None = None
     seed: int = 0
 
     @staticmethod
@@ -204,6 +207,7 @@ def _fields_at(path: tuple[int | str, ...]) -> list[str]:
         "scores": ScoreSettings,
         "stages": StageSettings,
         "taps": TapSettings,
+        "layerwise": LayerwiseSettings,
         **SCHEDULES,
     }
     names = [part for part in path if part in inside]
@@ -275,7 +279,24 @@ XTC_TERNARY = _xtc("xtc-ternary", WeightSettings(bits=2, kind="ternary"))
 XTC_BINARY_6L = _xtc("xtc-binary-6l", _BINARY, layers=6)
 XTC_BINARY_5L = _xtc("xtc-binary-5l", _BINARY, layers=5)
 
+# Feed-forward layers as transformers names them: BERT and its kin; GPT-2, Llama and most others; DistilBERT; T5; OPT
+# and BART. Attention's own output.dense is none of them.
+FEED_FORWARD = (
+    r"(\.intermediate\.dense|(?<!attention)\.output\.dense|\.mlp\.\w+|\.ffn\.\w+|\.DenseReluDense\.\w+|\.fc[12])$"
+)
+
+# Yao et al. 2022, section 5: 4 bits where most weights are, 8 in attention; then blocks learn from the model's own.
+ZEROQUANT_W4A8_LKD = Recipe(
+    name="zeroquant-w4a8-lkd",
+    quantize=(
+        QuantizeEntry(weight=_W8, activation=_A8_TOKEN),
+        QuantizeEntry(patterns=(FEED_FORWARD,), weight=WeightSettings(bits=4, group_size=64), activation=_A8_TOKEN),
+        _EMBEDDING_W8,
+    ),
+    layerwise=LayerwiseSettings(),
+)
+
 PRESETS: tuple[Recipe, ...] = (
-    *(ZEROQUANT_W8A8, W8A16, W4A16_G128, W4A8_G32, STATIC_W8A8),
+    *(ZEROQUANT_W8A8, W8A16, W4A16_G128, W4A8_G32, STATIC_W8A8, ZEROQUANT_W4A8_LKD),
     *(XTC_BINARY, XTC_TERNARY, XTC_BINARY_6L, XTC_BINARY_5L),
 )

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from ..passes import schedule as schedules
+from ..passes.lesson import Training
 from ..passes.quantize.adaptive import Budget
 from ..passes.quantize.decide import QuantizeRule
 from ..passes.quantize.observers import Method, Observer
@@ -119,6 +120,22 @@ class SensitivitySettings(Strict):
     stability: float = Field(default=1e-6, ge=0)
     samples: int = Field(default=8, ge=1)
     seed: int = 0
+
+
+class LayerwiseSettings(Strict):
+    """How each block is trained by itself to give what the teacher's gives: AdamW at a constant learning rate.
+
+    steps: for each block; weight_decay: not of biases and norms; seed: of the order of batches
+    """
+
+    steps: int = Field(default=100, ge=1)
+    lr: float = Field(default=5e-6, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    seed: int = 0
+
+    def training(self) -> Training:
+        """As the pass takes it."""
+        return Training(steps=self.steps, lr=self.lr, decay=self.weight_decay, seed=self.seed)
 
 
 class WeightSettings(Strict):

@@ -7,7 +7,7 @@ change lies in buffers, so no step traces anything anew.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Self, cast
@@ -41,10 +41,12 @@ from .curvature import CurvatureTable
 from .distill import task_loss
 from .forecast import Forecast, forecast
 from .inputs import as_arguments
+from .layerwise import LayerwiseResult, distill_layers, training_of
 from .lessons import Compared, Lessons
 from .measure import measure
 from .pacing import Change, Closure, Pacer, really_stepped
 from .recipe import Recipe
+from .settings import LayerwiseSettings
 from .tapping import Tapping
 from .teaching import PARTS
 from .watch import Watch
@@ -153,6 +155,34 @@ class Student(Tapping):
             raise DistillationError("the student has no teacher", required="prepare(..., teacher=model)", found="none")
         arguments, weights = as_arguments(self, batch), dict.fromkeys(PARTS, 1.0)
         return self.lessons.compare(self, self if model is None else model, arguments, weights)
+
+    def distill_layers(
+        self,
+        data: Iterable[Any],
+        *,
+        steps: int | None = None,
+        lr: float | None = None,
+        weight_decay: float | None = None,
+        seed: int | None = None,
+        teacher: nn.Module | None = None,
+        processes: int = 1,
+        quiet: bool = False,
+    ) -> LayerwiseResult:
+        """Train each block by itself to give what the teacher's block gives on the teacher's own activations.
+
+        data: batches as for `inputs`; no labels are needed, and `layerwise.random_tokens` gives some where there are
+            none. steps: for each block, over the batches in a drawn order; lr, weight_decay, seed: of AdamW, anew for
+            each block. What is not given is the recipe's `layerwise`, or 100 steps at 5e-6
+        teacher: in place of prepare's; processes: as many blocks are trained at once, with the same result
+        In memory: the teacher, the training state of a block for each process, and for each batch what goes into those
+        blocks and comes out. Raises ScheduleError before all schedules are over, DistillationError where the two models
+        do not have the same blocks, CalibrationError for batches that do not fit.
+        """
+        base = (self.recipe.layerwise or LayerwiseSettings()).training()
+        training = training_of(base, steps=steps, lr=lr, decay=weight_decay, seed=seed)
+        with own_state():
+            known = self.lessons.teacher.model if teacher is None and self.lessons is not None else teacher
+            return distill_layers(self, data, known, training, processes, quiet)
 
     def step(self, loss: Tensor | float | None = None, *, closure: Closure | None = None) -> list[Change]:
         """An optimizer step is done: schedules advance. Returns what changed its bits, and what was cut.

@@ -61,6 +61,7 @@ class Block:
 
     instead: by value that others use, what stands for it without the block; reason: why it cannot go, or empty
     listed: values for which nothing stands, and which only lists of the output have
+    calls: how often it is called
     """
 
     path: str
@@ -69,6 +70,7 @@ class Block:
     instead: dict[fx.Node, fx.Node] = field(default_factory=dict)
     reason: str = ""
     listed: tuple[fx.Node, ...] = ()
+    calls: int = 1
 
     @property
     def number(self) -> int:
@@ -171,7 +173,7 @@ def _nothing_for(out: fx.Node) -> str:
 def _block(path: str, kind: str, calls: Sequence[Sequence[fx.Node]], only_listed: Collection[fx.Node]) -> Block:
     nodes = tuple(node for call in calls for node in call)
     if len(calls) > 1:
-        return Block(path, kind, nodes, reason=f"it is called {len(calls)} times")
+        return Block(path, kind, nodes, reason=f"it is called {len(calls)} times", calls=len(calls))
     inside = set(nodes)
     taken = [n for n in nodes if any(user not in inside for user in n.users) and not _is_beside(n)]
     needs = {out: _sources(out, inside) for out in taken}
@@ -218,6 +220,12 @@ def _is_tensor(node: fx.Node) -> bool:
 def _alike(x: fx.Node, y: fx.Node) -> bool:
     a, b = value_of(x), value_of(y)
     return a.dtype == b.dtype and [str(n) for n in a.shape] == [str(n) for n in b.shape]
+
+
+def outermost(rows: Sequence[Row]) -> list[Row]:
+    """Rows that lie in no block of another."""
+    inner = {b.path for row in rows for b in row.blocks}
+    return [row for row in rows if not any(row.path.startswith(f"{path}.") for path in inner)]
 
 
 def dropped(program: Program, drops: Collection[DropBlock]) -> Program:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..runtime.errors import CalibrationError, RecipeError
 from ..runtime.plan import DropBlock
 from ..runtime.program import Entry, Program
-from .depth import DepthRule, Row, find_rows, spread_over
+from .depth import DepthRule, Row, find_rows, outermost, spread_over
 from .influence import Ranking, rank
 from .waiting import Advance, quiet
 
@@ -55,10 +55,9 @@ def drops_of(
 
 def row_of(rows: Sequence[Row], path: str | None) -> Row:
     """The row of that path, or the only one that lies in no block of another. Raises RecipeError."""
-    inner = {b.path for row in rows for b in row.blocks}
-    outermost = [row for row in rows if not any(row.path.startswith(f"{path}.") for path in inner)]
-    named = [row for row in outermost if len(row.blocks) > 1] if path is None else [r for r in rows if r.path == path]
-    shared = [block for row in outermost if row not in named for block in row.blocks if len(row.blocks) == 1]
+    outer = outermost(rows)
+    named = [row for row in outer if len(row.blocks) > 1] if path is None else [r for r in rows if r.path == path]
+    shared = [block for row in outer if row not in named for block in row.blocks if len(row.blocks) == 1]
     if not named and shared:
         raise RecipeError(
             "a rule of depth means no row of blocks",

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from ..runtime import compat
 from ..runtime.errors import DistillationError
 from ..runtime.program import Program, value_of
-from .depth import Block, Row, find_rows
+from .depth import Block, Row, find_rows, outermost
 from .match import full_args
 
 aten = torch.ops.aten
@@ -56,8 +56,7 @@ def rows_of(program: Program, gone: Collection[str] = ()) -> list[Row]:
         )
         if blocks:
             found.append(Row(row.path, blocks))
-    inner = tuple(f"{block.path}." for row in found for block in row.blocks)
-    return [row for row in found if not f"{row.path}.".startswith(inner)]
+    return outermost(found)
 
 
 def attentions(block: Block) -> list[fx.Node]:

@@ -232,6 +232,7 @@ def test_a_wrong_model_is_explained(model: str, said: str) -> None:
     [
         (["inspect", "tiny:mlp", "-r", "zeroquant"], 1, "did you mean zeroquant-w8a8?"),
         (["compress", "tiny:mlp", "-r", "static-w8a8", "-o", "x"], 1, "give --data"),
+        (["compress", "tiny:mlp", "-r", "zeroquant-w4a8-lkd", "-o", "x"], 1, "give --data"),
         (["compress", "tiny:mlp", "-d", "tiny:number", "-o", "x"], 1, "gives no batches"),
         (["compress", "tiny:mlp", "-d", "absent.txt", "-o", "x"], 1, "no such file"),
         (["compress", "tiny:mlp", "-d", "tiny.py", "-o", "x"], 1, "has no tokenizer"),
