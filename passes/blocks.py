@@ -111,7 +111,7 @@ class Cutter:
         floats = [n for n in given if _is_float(n)]
         shapes = {_shape(n) for n in self._reach(floats, inside)[1] if _is_float(n)}
         outputs = [n for n in floats if _shape(n) in shapes] or floats
-        taken, inputs = self._reach(outputs, inside)
+        taken, inputs = self._computing(outputs, inside)
         others = self._reach([n for n in given if n not in outputs], inside, but=set(outputs))[0]
         own = self._own(taken, {str(n.target) for n in others if _is_read(n)}, inside)
         return Part(
@@ -163,6 +163,21 @@ class Cutter:
                 inputs.add(node)
         return taken, inputs
 
+    def _computing(self, outputs: Sequence[fx.Node], inside: set[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
+        """`_reach`, with the calls that write what is computed on the way."""
+        ends = list(outputs)
+        while True:
+            taken, inputs = self._reach(ends, inside)
+            more = [n for n in inside - taken if writes(n) and self._base(n) in taken]
+            if not more:
+                return taken, inputs
+            ends += more
+
+    @staticmethod
+    def _base(node: fx.Node) -> fx.Node | None:
+        """What a call that writes its first argument writes."""
+        return source_of(node.args[0]) if isinstance(node.args[0], fx.Node) else None
+
     def _own(self, taken: set[fx.Node], shared: Collection[str], inside: set[fx.Node]) -> list[str]:
         """Parameters that nothing reads but what was taken."""
 
@@ -194,10 +209,9 @@ class Cutter:
         if not outputs:
             return "nothing that it gives is a floating-point tensor"
         bases = {source_of(x) for x in inputs}
-        for node in filter(writes, inside):
-            base = node.args[0]
-            if isinstance(base, fx.Node) and (source_of(base) in bases or source_of(base) in self.stored):
-                return f"it writes {source_of(base).name} in place"
+        for base in map(self._base, filter(writes, inside)):
+            if base is not None and (base in bases or base in self.stored):
+                return f"it writes {base.name} in place"
         return "" if own else "others read all of its parameters, or it has none that are trained"
 
     def _ordered(self, nodes: Collection[fx.Node]) -> tuple[fx.Node, ...]:

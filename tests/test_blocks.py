@@ -168,6 +168,25 @@ def test_a_block_that_writes_what_it_is_given_is_left() -> None:
     assert "in place" in left["blocks.1"]
 
 
+def test_what_a_block_writes_of_its_own_is_written() -> None:
+    class Cuts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.linear(x)
+            y[:, 0] = 0.0
+            return x + y
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(nn.Sequential(Cuts()) for _ in range(2))).eval(), torch.randn(4, 8)
+    found, left = lessons(graph_of(dwindle.prepare(model, {}, inputs=x)), captured(model, {"input": x}), ())
+    assert not left
+    for lesson, block in zip(found, model, strict=True):
+        assert torch.equal(lesson.part.module(lesson.part.own)(x.clone())[0], block(x))
+
+
 def test_blocks_that_are_missing_are_stood_for_by_what_goes_into_them() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Sequential(Residual()) for _ in range(5))).eval()
