@@ -67,12 +67,15 @@ FEWER = {"depth": {"keep": 3}}  # of 4
 
 TABLES: dict[str, tuple[Run, ...]] = {
     "depth": (
-        Run("3 layers, labels alone", HALF, 250, 2e-4, taught=False),
-        Run("3 layers, logits", {**HALF, "distill": {"task": 0.0}}, 250, 2e-4),
-        Run("3 layers, one stage", {**HALF, "distill": WITHIN}, 250, 2e-4),
+        Run("3 layers, labels alone", HALF, 750, 2e-4, taught=False),
+        Run("3 layers, one stage", {**HALF, "distill": WITHIN}, 750, 2e-4),
+        Run("3 layers, one stage and labels", {**HALF, "distill": {**WITHIN, "task": 1.0}}, 750, 2e-4),
+        Run("3 layers, one stage, a third of the budget", {**HALF, "distill": WITHIN}, 250, 2e-4),
+        Run("3 layers, labels alone, a third of the budget", HALF, 250, 2e-4, taught=False),
     ),
     "language": (
         Run("one layer fewer, as it is", FEWER, 0, 1e-3, taught=False),
+        Run("all layers, text alone", {}, 200, 1e-3, taught=False),
         Run("one layer fewer, text alone", FEWER, 200, 1e-3, taught=False),
         Run("one layer fewer, logits and text", {**FEWER, "distill": {"temperature": 2.0}}, 200, 1e-3),
         Run("one layer fewer, one stage and text", {**FEWER, "distill": {**WITHIN, "task": 1.0}}, 200, 1e-3),
