@@ -77,7 +77,7 @@ def steps(*, quiet: bool = False) -> Iterator[Steps]:
         _Count(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, TimeElapsedColumn(), console=console, disable=quiet) as progress:
+    with Progress(*columns, console=console, disable=quiet) as progress:
         shown = Steps(progress)
         token = None if quiet else _SHOWN.set(shown)
         try:

@@ -79,7 +79,8 @@ def test_compress_calibrates_on_a_factory_of_batches(here: Path) -> None:
     assert json.loads(done.stdout)["certificate"]["simulated"] == 0
 
 
-def test_inspect_ranks_layers() -> None:
+def test_inspect_ranks_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dwindle.frontends.progress.PATIENCE", 0.0)
     done = run("inspect", "tiny:llama", "--layers", "greedy", "--data", "tiny:tokens", "--json")
     assert done.exit_code == 0, done.output
     (row,) = json.loads(done.stdout)["rows"]
@@ -93,7 +94,8 @@ def test_inspect_ranks_layers() -> None:
         assert words in refused.stderr
 
 
-def test_a_recipe_that_chooses_layers_by_data_asks_for_it(here: Path) -> None:
+def test_a_recipe_that_chooses_layers_by_data_asks_for_it(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dwindle.frontends.progress.PATIENCE", 0.0)
     (here / "short.json").write_text('{"depth": {"keep": 1, "by": "influence"}}')
     refused = run("compress", "tiny:llama", "--recipe", "short.json", "--out", "small")
     assert refused.exit_code == 1
@@ -230,7 +232,7 @@ def test_a_wrong_model_is_explained(model: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["inspect", "tiny:mlp", "-r", "zeroquant"], 1, "did you mean zeroquant-w8a8?"),
+        (["inspect", "tiny:mlp", "-r", "zeroquant"], 1, "did you mean zeroquant-w8a8"),
         (["compress", "tiny:mlp", "-r", "static-w8a8", "-o", "x"], 1, "give --data"),
         (["compress", "tiny:mlp", "-r", "zeroquant-w4a8-lkd", "-o", "x"], 1, "give --data"),
         (["compress", "tiny:mlp", "-d", "tiny:number", "-o", "x"], 1, "gives no batches"),

@@ -38,6 +38,7 @@ class _Features(nn.Module):
 
 @pytest.mark.parametrize("activation", [None, {"range": "static"}])
 def test_a_batch_norm_folded_in_one_variant_alone(activation: Any) -> None:
+    torch.manual_seed(0)
     model, x = _Features().eval(), _x(2, 16, 8, 8)
     recipe = {"quantize": [{"operators": ["conv2d"], "activation": activation}]}
     small = dwindle.compress(model, recipe, inputs=x, data=[x])
