@@ -41,7 +41,7 @@ from rich.table import Table
 from torch import nn
 
 import dwindle
-from dwindle.frontends import compress as steps
+from dwindle.frontends import assemble, compress
 from dwindle.passes.driver import Driver, Pass
 
 LAYERS, QUICK = (6, 12, 24), (2, 4)
@@ -133,9 +133,12 @@ def watch_stages(spans: Spans, stack: ExitStack) -> None:
 
     stack.enter_context(patch.object(Driver, "apply", watched_apply))
     stack.enter_context(patch.object(Driver, "_run", spans.watched("verification", Driver._run)))
-    names = {"capture": "capture", "lowering_error": "certificate: lowering", "certify": "certificate: the rest"}
-    for function, name in names.items():
-        stack.enter_context(patch.object(steps, function, spans.watched(name, getattr(steps, function))))
+    for module, function, name in (
+        (compress, "capture", "capture"),
+        (assemble, "lowering_error", "certificate: lowering"),
+        (compress, "certify", "certificate: the rest"),
+    ):
+        stack.enter_context(patch.object(module, function, spans.watched(name, getattr(module, function))))
 
 
 def measure_here(layers: int, recipe: str) -> dict[str, Any]:

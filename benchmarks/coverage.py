@@ -30,8 +30,8 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
+from dwindle.frontends.assemble import proof_inputs
 from dwindle.frontends.capture import capture
-from dwindle.frontends.compress import proof_inputs
 from dwindle.frontends.inputs import as_arguments, flat_batches
 from dwindle.passes.canonicalize import canonicalize
 from dwindle.passes.prune.decide import PruneRule, chosen

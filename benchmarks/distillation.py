@@ -1,13 +1,15 @@
 """What a teacher is worth: MiniLM with half its layers, and with weights of two bits and of one; GlassLM with one less.
 
     python benchmarks/distillation.py depth [--seeds 0 1 2] [--runs ...] [--again]
+    python benchmarks/distillation.py depth-sweep --seeds 0
     python benchmarks/distillation.py xtc
+    python benchmarks/distillation.py xtc-sweep --seeds 0
     python benchmarks/distillation.py language
 
-depth     6 -> 3 layers of the trained sentiment classifier, then trained on: by its labels alone, by its
-          teacher's answers, and by what the teacher holds within as well (one stage)
+depth     6 -> 3 layers of the trained sentiment classifier, then trained on: by its labels alone, or by its
+          teacher's answers and what the teacher holds within (one stage). Sweep: other mixtures, half the budget
 xtc       all linear layers and embeddings but the classifier in 2 bits (ternary) or 1, activations in 8 a token,
-          positions in 8: the float classifier is teacher and start; stages on one seed
+          positions in 8: the float classifier is teacher and start. Sweep: stages, twice the budget, no teacher
 language  GlassLM trained on Austen, one layer fewer
 
 The float model of a seed is `training.py`'s, and the teacher of its seed. Every run of a table and seed sees the
@@ -28,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import timing  # before torch
-from quantised_training import TASKS, against
+from quantised_training import TASKS, Task, against
 from results import Point, Results
 from rich.console import Console
 from rich.table import Table
@@ -63,15 +65,20 @@ class Run:
 
 
 HALF = {"depth": {"keep": 3}}
+GREEDY = {"depth": {"keep_layers": [2, 3, 5]}}  # `rank_layers(..., by="greedy")` on the float model of seed 0
 FEWER = {"depth": {"keep": 3}}  # of 4
 
 TABLES: dict[str, tuple[Run, ...]] = {
     "depth": (
-        Run("3 layers, labels alone", HALF, 750, 2e-4, taught=False),
-        Run("3 layers, one stage", {**HALF, "distill": WITHIN}, 750, 2e-4),
-        Run("3 layers, one stage and labels", {**HALF, "distill": {**WITHIN, "task": 1.0}}, 750, 2e-4),
-        Run("3 layers, one stage, a third of the budget", {**HALF, "distill": WITHIN}, 250, 2e-4),
-        Run("3 layers, labels alone, a third of the budget", HALF, 250, 2e-4, taught=False),
+        Run("3 layers, labels alone", HALF, 500, 4e-4, taught=False),
+        Run("3 layers, one stage", {**HALF, "distill": WITHIN}, 500, 4e-4),
+    ),
+    "depth-sweep": (
+        Run("3 layers, labels alone, float's learning rate", HALF, 500, 2e-4, taught=False),
+        Run("3 layers, answers and labels", {**HALF, "distill": {}}, 500, 4e-4),
+        Run("3 layers, one stage and labels", {**HALF, "distill": {**WITHIN, "task": 1.0}}, 500, 4e-4),
+        Run("3 layers, one stage, half the budget", {**HALF, "distill": WITHIN}, 250, 4e-4),
+        Run("3 layers, one stage, those that greedy keeps", {**GREEDY, "distill": WITHIN}, 500, 4e-4),
     ),
     "language": (
         Run("one layer fewer, as it is", FEWER, 0, 1e-3, taught=False),
@@ -83,6 +90,8 @@ TABLES: dict[str, tuple[Run, ...]] = {
     "xtc": (
         Run("2 bits, one stage", {"quantize": extreme(2), "distill": WITHIN}, 500, 3e-4),
         Run("1 bit, one stage", {"quantize": extreme(1), "distill": WITHIN}, 500, 3e-4),
+    ),
+    "xtc-sweep": (
         Run("1 bit, two stages", {"quantize": extreme(1), "distill": {**WITHIN, "stages": 2}}, 500, 3e-4),
         Run("1 bit, three stages", {"quantize": extreme(1), "distill": {**WITHIN, "stages": 3}}, 500, 3e-4),
         Run("1 bit, one stage, twice the budget", {"quantize": extreme(1), "distill": WITHIN}, 1000, 3e-4),
@@ -91,13 +100,19 @@ TABLES: dict[str, tuple[Run, ...]] = {
 }
 
 
-TASK = {"depth": "sentiment", "xtc": "sentiment", "language": "language"}
+TASK = {name: "language" if name == "language" else "sentiment" for name in TABLES}
+
+
+@functools.cache
+def task_of(name: str) -> Task:
+    """Loaded once, when first asked for."""
+    return TASKS[name]()
 
 
 @functools.lru_cache(maxsize=1)
 def float_model(name: str, seed: int) -> tuple[nn.Module, Point]:
     """The float model of a task and seed, and what it is worth."""
-    task = TASKS[name]()
+    task = task_of(name)
     model = task.load(seed)
     started = time.process_time()
     train(model, task.batches(seed), **task.settings, seed=seed)
@@ -105,9 +120,14 @@ def float_model(name: str, seed: int) -> tuple[nn.Module, Point]:
     return model, {**task.evaluate(model), "training CPU s": seconds}
 
 
+def float_point(name: str, seed: int) -> Point:
+    """What its students are compared with."""
+    return float_model(name, seed)[1]
+
+
 def trained(run: Run, name: str, seed: int) -> Point:
     """One training from it."""
-    task, (teacher, _) = TASKS[name](), float_model(name, seed)
+    task, (teacher, _) = task_of(name), float_model(name, seed)
     teacher.requires_grad_(True)  # embeddings too: where they are quantised they have to move
     student = dwindle.prepare(
         teacher,
@@ -150,8 +170,8 @@ def main() -> None:
     for seed in arguments.seeds:
         common = {"task": name, "seed": seed, "batch": BATCH, **settings}
         with Console(stderr=True).status(f"Training float, seed {seed}"):
-            found = results.point({**common, "run": "float"}, lambda: float_model(name, seed)[1])  # noqa: B023
-            points["float"].append(found)
+            measure = functools.partial(float_point, name, seed)
+            points["float"].append(results.point({**common, "run": "float"}, measure))
         for run in runs:
             configuration = {**common, "run": run.name, "recipe": run.recipe, "steps": run.steps, "lr": run.lr}
             with Console(stderr=True).status(f"Training {run.name}, seed {seed}"):

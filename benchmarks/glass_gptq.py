@@ -22,16 +22,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timing  # before torch
-from language import evaluate_language, load_austen, load_glass
-from quantised_training import against
+from distillation import float_model, float_point, task_of
+from quantised_training import against, finished
 from results import Point, Results
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from training import BATCH, LANGUAGE, random_windows, train
+from training import BATCH, LANGUAGE, train
 
 import dwindle
 
+LANGUAGE_TASK = "language"
 CALIBRATION = 16  # batches of 32 windows of 128 tokens
 CALIBRATION_SEED = 1000  # other windows than those of training
 
@@ -64,56 +64,34 @@ RUNS: dict[str, Recipe] = {
 TRAINED = {"w4 trained": groups(4, "nearest"), "w3 trained": groups(3, "nearest")}
 
 
-class Task:
-    """The text, and the fine-tuned float model of each seed; all loaded when first asked for."""
+def rounded(seed: int, recipe: Recipe) -> Point:
+    """Compressed after training; CPU seconds are those of `compress` alone."""
+    model, _ = float_model(LANGUAGE_TASK, seed)
+    windows = task_of(LANGUAGE_TASK).batches(CALIBRATION_SEED + seed)
+    data = [{"input_ids": batch["input_ids"]} for batch in itertools.islice(windows, CALIBRATION)]
+    started = time.process_time()
+    small = dwindle.compress(model, recipe, inputs=data[0], data=data)
+    spent = time.process_time() - started
+    errors = {entry.where: entry.reason for entry in small.log if entry.stage in ("round", "equalize")}
+    return {**finished(task_of(LANGUAGE_TASK), small), "CPU s": spent, "layers": errors}
 
-    @functools.cached_property
-    def texts(self) -> tuple[Tensor, Tensor]:
-        """(five novels, Persuasion) as token ids."""
-        return load_austen(load_glass(quiet=True)[1], quiet=True)
 
-    @functools.lru_cache(maxsize=1)  # noqa: B019  # one task a run, and one model of it at a time
-    def tuned(self, seed: int) -> tuple[nn.Module, float]:
-        """The float model, and CPU seconds of its training."""
-        model, started = load_glass(quiet=True)[0], time.process_time()
-        train(model, random_windows(self.texts[0], seed=seed), **LANGUAGE, seed=seed)
-        return model, time.process_time() - started
+def trained(seed: int, recipe: Recipe) -> Point:
+    """Trained with the codes simulated, for as long as the float model was trained."""
+    task, started = task_of(LANGUAGE_TASK), time.process_time()
+    student = dwindle.prepare(task.load(seed), recipe, inputs=next(task.batches(seed)))
+    train(student, task.batches(seed), **task.settings, seed=seed, after_step=lambda *_: student.step())
+    small = student.finish()
+    spent = time.process_time() - started
+    return {**finished(task, small), "CPU s": spent}
 
-    def evaluate(self, model: Any) -> Point:
-        """Perplexity, and the loss of each window."""
-        found = evaluate_language(model, self.texts[1])
-        return {"perplexity": found.perplexity, "scores": [round(loss, 6) for loss in found.losses]}
 
-    def float_point(self, seed: int) -> Point:
-        """Of the model that all others are compared with."""
-        model, spent = self.tuned(seed)
-        return {**self.evaluate(model), "CPU s": spent}
-
-    def rounded_point(self, seed: int, recipe: Recipe) -> Point:
-        """Compressed after training; CPU seconds are those of `compress` alone."""
-        model, _ = self.tuned(seed)
-        windows = random_windows(self.texts[0], seed=CALIBRATION_SEED + seed)
-        data = [{"input_ids": batch["input_ids"]} for batch in itertools.islice(windows, CALIBRATION)]
-        started = time.process_time()
-        small = dwindle.compress(model, recipe, inputs=data[0], data=data)
-        spent = time.process_time() - started
-        errors = {entry.where: entry.reason for entry in small.log if entry.stage in ("round", "equalize")}
-        return {**self.finished(small), "CPU s": spent, "layers": errors}
-
-    def trained_point(self, seed: int, recipe: Recipe) -> Point:
-        """Trained with the codes simulated, for as long as the float model was trained."""
-        batches = random_windows(self.texts[0], seed=seed)
-        example, started = next(batches), time.process_time()
-        student = dwindle.prepare(load_glass(quiet=True)[0], recipe, inputs=example)
-        again = random_windows(self.texts[0], seed=seed)
-        train(student, again, **LANGUAGE, seed=seed, after_step=lambda *_: student.step())
-        small = student.finish()
-        return {**self.finished(small), "CPU s": time.process_time() - started}
-
-    def finished(self, small: dwindle.Compressed) -> Point:
-        """What a compressed model scores, and its bytes over the float model's."""
-        certificate = small.certificate
-        return {**self.evaluate(small), "bytes": certificate.bytes_after / certificate.bytes_before}
+def measured(seed: int, run: str, recipe: Recipe | None) -> Point:
+    """One run."""
+    if recipe is None:
+        point = float_point(LANGUAGE_TASK, seed)
+        return {**point, "CPU s": point["training CPU s"]}
+    return (trained if run in TRAINED else rounded)(seed, recipe)
 
 
 def show(rows: Mapping[str, Sequence[Point]], console: Console) -> None:
@@ -122,7 +100,7 @@ def show(rows: Mapping[str, Sequence[Point]], console: Console) -> None:
     for heading in ("run", "perplexity", "less float's, %", "bytes", "CPU s"):
         table.add_column(heading)
     for run, points in rows.items():
-        apart = "" if run == "float" else against(points, rows["float"], "language")
+        apart = "" if run == "float" else against(points, rows["float"], LANGUAGE_TASK)
         size = f"{points[0]['bytes']:.3f}" if "bytes" in points[0] else "1"
         perplexity, spent = (
             " ".join(format(p[key], form) for p in points) for key, form in (("perplexity", ".3f"), ("CPU s", ".0f"))
@@ -140,18 +118,13 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     timing.one_thread()
-    results, console, task = Results("glass_gptq", again=arguments.again), Console(width=120), Task()
+    results, console = Results("glass_gptq", again=arguments.again), Console(width=120)
     common = {"batch": BATCH, "calibration": CALIBRATION, **LANGUAGE}
     rows: dict[str, list[Point]] = {}
     for seed in arguments.seeds:  # the float model of a seed serves all its runs
         for run in ["float", *(r for r in (*RUNS, *TRAINED) if not arguments.runs or r in arguments.runs)]:
             recipe = {**RUNS, **TRAINED}.get(run)
-            if recipe is None:
-                measure = functools.partial(task.float_point, seed)
-            elif run in TRAINED:
-                measure = functools.partial(task.trained_point, seed, recipe)
-            else:
-                measure = functools.partial(task.rounded_point, seed, recipe)
+            measure = functools.partial(measured, seed, run, recipe)
             with Console(stderr=True).status(f"{run}, seed {seed}"):
                 point = results.point({"run": run, "seed": seed, "recipe": recipe, **common}, measure)
             rows.setdefault(run, []).append(point)

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .frontends.at_once import compress
+    from .frontends.compress import compress
     from .frontends.prepare import prepare
     from .frontends.rank import rank_layers
     from .frontends.recipe import Recipe
@@ -39,7 +39,7 @@ _HOME = {
     "DwindleError": ".runtime.errors",
     "Recipe": ".frontends.recipe",
     "Student": ".frontends.student",
-    "compress": ".frontends.at_once",
+    "compress": ".frontends.compress",
     "load": ".runtime.artifact",
     "prepare": ".frontends.prepare",
     "rank_layers": ".frontends.rank",

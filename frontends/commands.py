@@ -137,7 +137,7 @@ def compress(
     """Compress a model after training, and save it with its report."""
     require_free(out)
     from ..runtime.onnx.export import require_dtypes, require_packages
-    from .at_once import compress as compress_model
+    from .compress import compress as compress_model
     from .models import load_data, load_source
     from .page import write_page
     from .progress import steps
@@ -246,8 +246,8 @@ def bench(
     batches, sequences = _numbers(batch), _numbers(seq)
     import torch
 
-    from .at_once import compress as compress_model
     from .bench import bench as measure
+    from .compress import compress as compress_model
     from .inputs import as_arguments
     from .models import load_data, load_source
     from .progress import steps
@@ -333,14 +333,11 @@ def demo(
 
 def _require_data(recipe: Recipe, data: str | None) -> None:
     """Ask for calibration data before the work. Raises CalibrationError."""
-    from .at_once import layers_want_data
-    from .compress import data_is_missing
+    from .calibration import missing
 
-    if data is None and recipe.layerwise is not None:
-        raise layers_want_data(recipe, "--data")
-    wants = recipe.by_data() or any(rule.static for rule in recipe.rules()) or any(rule.by for rule in recipe.depths())
-    if data is None and wants:
-        raise data_is_missing(recipe, "--data")
+    error = missing(recipe, "--data")
+    if data is None and error is not None:
+        raise error
 
 
 def _facts(variants: list[str], files: Mapping[str, int]) -> Table:

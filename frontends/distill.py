@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..passes.tokens import IGNORED
 from ..runtime.errors import DistillationError
 
-IGNORED = -100  # of labels, as torch's cross_entropy has it
 HIDDEN = -1e3  # scores below it are masked: models add -1e4, the least number of a dtype, or -inf
 
 

@@ -23,19 +23,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..passes.blocks import Lesson, lessons, written
-from ..passes.canonicalize import canonicalize
 from ..passes.lesson import Example, Training, learn
 from ..passes.quantize.live import gauges, require_seen
 from ..passes.stream import Stream
 from ..runtime.contract import Signature
 from ..runtime.errors import DistillationError
-from ..runtime.model import GraphModel
 from ..runtime.program import Entry, Program
-from ..runtime.store import Store
 from ..runtime.structure import flatten
-from .capture import capture
 from .inputs import as_arguments, example_inputs, flat_batches
 from .progress import late
+from .teacher import Teacher
 from .workers import Workers, task_of
 
 if TYPE_CHECKING:
@@ -83,7 +80,7 @@ class LayerwiseResult:
 def distill_layers(
     student: Student,
     data: Iterable[Any],
-    teacher: nn.Module | None,
+    teacher: Teacher | None,
     training: Training,
     processes: int,
     quiet: bool,
@@ -105,7 +102,7 @@ def distill_layers(
     require_seen(program, student.plan)
     for _ in flat_batches(program, student.signature, batches):
         pass  # refused here by name, not in some block
-    model, flat = _teacher(teacher, student, program, batches)
+    model, flat = _asked(teacher, student, program, batches)
     found, left = lessons(program, model, student.plan.drops)
     results = _Results(student, training)
     with contextlib.ExitStack() as stack:
@@ -185,18 +182,12 @@ def _eval_variant(student: Student, batch: Any) -> Program:
     return student.program(False, structure, lambda: arguments)
 
 
-def _teacher(teacher: nn.Module, student: Student, program: Program, data: Batches) -> tuple[Program, list[Any]]:
+def _asked(teacher: Teacher, student: Student, program: Program, data: Batches) -> tuple[Program, list[Any]]:
     """(the teacher's graph, its flat inputs)."""
     wanted = program.contract.arguments["items"]
     batches = [{n: v for n, v in as_arguments(student, batch).items() if n in wanted} for batch in data]
-    arguments = as_arguments(teacher, batches[0])
-    if isinstance(teacher, GraphModel):
-        structure, _ = flatten(arguments)
-        graph = teacher.program(False, structure, lambda: arguments)
-    else:
-        graph = canonicalize(capture(teacher, arguments, Store.borrowing(teacher)))
-        graph.tidy()
-    return graph, list(flat_batches(graph, Signature.of(teacher), batches))
+    graph = teacher.program(as_arguments(teacher.model, batches[0]))
+    return graph, list(flat_batches(graph, Signature.of(teacher.model), batches))
 
 
 def _examples(stream: Stream, lesson: Lesson, flat: Sequence[Sequence[Tensor]]) -> list[Example]:

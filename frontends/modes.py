@@ -11,13 +11,13 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: object) -> Iterator[None]:
-    """No gradients inside; a module is in eval mode there, and afterwards in the mode it had."""
-    training = isinstance(model, nn.Module) and model.training
+    """No gradients inside; a module is in eval mode there, and afterwards each of its parts in the mode it had."""
+    parts = [(part, part.training) for part in model.modules()] if isinstance(model, nn.Module) else []
     with torch.no_grad():
         if isinstance(model, nn.Module):
             model.eval()
         try:
             yield
         finally:
-            if isinstance(model, nn.Module):
-                model.train(training)
+            for part, training in parts:
+                part.training = training

@@ -20,10 +20,7 @@ from ..runtime.own_state import own_state
 from ..runtime.plan import Plan
 from ..runtime.program import Program
 from ..runtime.store import Store
-from .capture import DynamicShapes, capture
-from .compress import (
-    RecipeSource,
-    calibration_batches,
+from .assemble import (
     forwarded,
     prepared,
     proof_inputs,
@@ -31,12 +28,14 @@ from .compress import (
     require_original,
     verification_inputs,
 )
+from .calibration import calibration_batches
+from .capture import DynamicShapes, capture
 from .inputs import as_arguments
 from .lessons import Lessons
 from .pacing import Pacer
 from .pairs import pairs_of
 from .progress import late
-from .recipe import Recipe
+from .recipe import Recipe, RecipeSource
 from .student import Student
 from .teacher import Teacher, require_vocabulary
 
@@ -137,6 +136,7 @@ def _lessons(
     lessons = Lessons(asked, settings, student.store, settings.staged(total_steps))
     (own,) = student.variants.values()
     if settings.within:
+        asked.ask(batch)  # first as it is: what it cannot take is refused in its own words
         lessons.pairs = tuple(pairs_of(settings, own, student.plan, asked.program(batch)))
     lessons.begin(student, own, batch)
     return lessons

@@ -21,8 +21,8 @@ from ..runtime.errors import CalibrationError, RecipeError
 from ..runtime.own_state import own_state
 from ..runtime.report import Printed
 from ..runtime.store import Store
+from .assemble import require_original
 from .capture import DynamicShapes, capture
-from .compress import require_original
 from .inputs import as_arguments, flat_batches
 from .progress import late
 

@@ -64,7 +64,7 @@ class Recipe(Strict):
     seed: int = 0
 
     @staticmethod
-    def of(source: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
+    def of(source: RecipeSource) -> Recipe:
         """Read a recipe, a preset's name, a dict, or a JSON or YAML file. Raises RecipeError."""
         if isinstance(source, Recipe):
             return source
@@ -145,6 +145,9 @@ class Recipe(Strict):
     def plain(self) -> dict[str, Any]:
         """As plain data, defaults left out: what an artifact keeps and `of` reads."""
         return self.model_dump(mode="json", exclude_defaults=True)
+
+
+RecipeSource = Recipe | Mapping[str, Any] | str | Path
 
 
 def _read(path: Path) -> Any:

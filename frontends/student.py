@@ -31,12 +31,7 @@ from ..runtime.own_state import own_state
 from ..runtime.plan import Plan
 from ..runtime.program import Entry, Program
 from ..runtime.store import Store
-from .compress import (
-    finish,
-    own_dtype,
-    replayed,
-    verification_inputs,
-)
+from .assemble import finish, own_dtype, replayed, verification_inputs
 from .curvature import CurvatureTable
 from .distill import task_loss
 from .forecast import Forecast, forecast
@@ -48,6 +43,7 @@ from .pacing import Change, Closure, Pacer, really_stepped
 from .recipe import Recipe
 from .settings import LayerwiseSettings
 from .tapping import Tapping
+from .teacher import Teacher
 from .teaching import PARTS
 from .watch import Watch
 
@@ -181,8 +177,9 @@ class Student(Tapping):
         base = (self.recipe.layerwise or LayerwiseSettings()).training()
         training = training_of(base, steps=steps, lr=lr, decay=weight_decay, seed=seed)
         with own_state():
-            known = self.lessons.teacher.model if teacher is None and self.lessons is not None else teacher
-            return distill_layers(self, data, known, training, processes, quiet)
+            known = self.lessons.teacher if self.lessons is not None else None
+            asked = known if teacher is None else Teacher(teacher)
+            return distill_layers(self, data, asked, training, processes, quiet)
 
     def step(self, loss: Tensor | float | None = None, *, closure: Closure | None = None) -> list[Change]:
         """An optimizer step is done: schedules advance. Returns what changed its bits, and what was cut.

@@ -24,9 +24,8 @@ from ..runtime.report import MOST_ROWS, WIDE, block_of, size, spoken
 from ..runtime.scheme import Scheme
 from ..runtime.store import Store
 from .capture import capture
-from .compress import RecipeSource
 from .inputs import as_arguments
-from .recipe import Recipe
+from .recipe import Recipe, RecipeSource
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,13 +16,17 @@ from ..runtime.model import GraphModel
 from ..runtime.plan import Plan
 from ..runtime.program import Program
 from ..runtime.store import Store
+from ..runtime.structure import flatten
 from .capture import DynamicShapes, capture
 from .modes import evaluating
 from .tapping import Tapping
 
 
 class Teacher:
-    """A model that is only asked: in eval mode, without gradients, once for a batch. It is not copied or changed."""
+    """A model that is only asked: in eval mode, without gradients, once for a batch. It is not copied or changed.
+
+    It may be a student or a compressed model: then its graphs are the ones that are looked into.
+    """
 
     def __init__(self, model: nn.Module, dynamic_shapes: DynamicShapes | None = None) -> None:
         self.model = model
@@ -49,23 +53,26 @@ class Teacher:
                 ) from error
 
     def program(self, batch: Mapping[str, Any]) -> Program:
-        """Its graph for such a batch."""
-        self.ask(batch, [])
+        """Its graph for such a batch, which is not run."""
+        structure, _ = flatten(dict(batch))
         with evaluating(self.model):
-            graphs = self._as_graphs()
-            graphs(**batch)
-        return next(reversed(graphs.variants.values()))
+            return self._as_graphs().program(False, structure, lambda: batch)
 
     def _as_graphs(self) -> Tapping:
         """On the tensors of the model as they are now."""
-        device = next((t.device for t in (*self.model.parameters(), *self.model.buffers())), None)
+        model, shapes = self.model, self._shapes
+        device = next((t.device for t in (*model.parameters(), *model.buffers())), None)
         if self._graphs is None or device != self._device:
-            store, shapes, model = Store.of(self.model), self._shapes, self.model
+            store, plan = (model.store, model.plan) if isinstance(model, GraphModel) else (Store.of(model), Plan())
 
             def grow(_: GraphModel, training: bool, call: Mapping[str, Any]) -> Program:
-                return canonicalize(capture(model, call, store, training=training, dynamic_shapes=shapes))
+                if isinstance(model, GraphModel):
+                    return model.program(training, flatten(dict(call))[0], lambda: call)
+                captured = canonicalize(capture(model, call, store, training=training, dynamic_shapes=shapes))
+                captured.tidy()
+                return captured
 
-            self._graphs = Tapping(store, Plan(), Signature.of(model), grow=grow).eval()
+            self._graphs = Tapping(store, plan, Signature.of(model), grow=grow).eval()
             self._device = device
         return self._graphs
 

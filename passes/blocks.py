@@ -24,18 +24,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..runtime.errors import DistillationError
-from ..runtime.ops.quantize import FAKE_QUANTIZE
-from ..runtime.ops.steps import STEPS_LEARNED, STEPS_LIVE, STEPS_RANGED
 from ..runtime.plan import DropBlock
 from ..runtime.program import Program, escapes, source_of, value_of, writes
 from ..runtime.store import Store
-from .depth import Block, Row, find_rows, outermost
+from .depth import BESIDE, Block, Row, find_rows, outermost
 from .quantize.insert import SITE
-from .quantize.live import LIVE
-
-_SIMULATING = frozenset(op.overload for op in (*LIVE, FAKE_QUANTIZE, STEPS_LIVE, STEPS_RANGED, STEPS_LEARNED))
-
-MASK = "attention_mask"  # the name, or its end, of an input (B, T) that is 0 where a position is padding
+from .tokens import mask_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +135,7 @@ class Cutter:
         if node.target is operator.getitem:
             source = node.args[0]
             return isinstance(source, fx.Node) and self._fakes(source)
-        return node.target in _SIMULATING and all(SITE in user.meta for user in _past_items(node))
+        return node.target in BESIDE and all(SITE in user.meta for user in _past_items(node))
 
     def _leaves(self, node: fx.Node, inside: set[fx.Node]) -> bool:
         """Whether anything outside takes a value."""
@@ -342,13 +336,5 @@ def _stands(rows: Sequence[Row], gone: Collection[str]) -> dict[fx.Node, fx.Node
 
 def _mask(teacher: Program, path: str, wanted: Sequence[fx.Node]) -> int | None:
     """The place of the input that marks padding in values (B, T, ...)."""
-    leading = {_shape(node)[1][:2] for node in wanted}
-    inputs = [(i, n) for i, n in enumerate(teacher.graph.find_nodes(op="placeholder")) if _is_mask(n)]
-    fits = [(i, n) for i, n in inputs if leading == {_shape(n)[1]}]
-    named = [i for i, n in fits if n.name.startswith("decoder_") == ("decoder" in path)]
-    return next(iter([*named, *(i for i, _ in fits)]), None)
-
-
-def _is_mask(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return node.name.endswith(MASK) and isinstance(value, Tensor) and value.dim() == 2
+    places = {mask_of(teacher, node, decodes="decoder" in path) for node in wanted}
+    return places.pop() if len(places) == 1 else None

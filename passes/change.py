@@ -18,9 +18,7 @@ from ..runtime.errors import CalibrationError
 from ..runtime.program import Program
 from .depth import Measure
 from .outputs import given, names
-from .tokens import mask_of, tokens
-
-IGNORED = -100  # of labels, as torch's cross_entropy has it
+from .tokens import IGNORED, mask_of, tokens
 
 Sums = tuple[float, float]
 """What is added up over batches, and what it is divided by."""

@@ -24,6 +24,7 @@ from ..runtime.errors import DistillationError
 from ..runtime.program import Program, value_of
 from .depth import Block, Row, find_rows, outermost
 from .match import full_args
+from .outputs import given, output_of
 
 aten = torch.ops.aten
 
@@ -71,8 +72,7 @@ def tapped(program: Program, taps: Sequence[Tap], gone: Collection[str] = ()) ->
     copy = program.copy()
     rows = rows_of(copy, gone)
     values = [_node(copy, rows, tap) for tap in taps]
-    (output,) = (node for node in copy.graph.nodes if node.op == "output")
-    output.args = ((*output.args[0], *values),)
+    output_of(copy).args = ((*given(copy), *values),)
     copy.tidy()
     return copy
 

@@ -7,6 +7,7 @@ from torch import Tensor, fx
 from ..runtime.program import Program, value_of
 
 MASK = "attention_mask"
+IGNORED = -100  # of labels, as torch's cross_entropy has it
 
 
 def mask_of(program: Program, value: fx.Node, *, decodes: bool) -> int | None:

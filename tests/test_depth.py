@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from blocks import ROWS, first, without
 from models import ZOO
 from torch import Tensor, nn
 
@@ -20,13 +21,6 @@ from dwindle.runtime.compressed import Compressed
 from dwindle.runtime.errors import RecipeError
 from dwindle.runtime.store import Store
 
-ROWS = {
-    "bert": "encoder.layer",
-    "gpt2": "transformer.h",
-    "llama": "model.layers",
-    "vit": "vit.layers",
-    "t5": "decoder.block",
-}
 EVERYTHING: dict[str, Any] = {
     "prune": {"ratio": 0.5, "scopes": ["heads", "rows"]},
     "quantize": [{"activation": {}}],
@@ -39,24 +33,10 @@ def rows(model: nn.Module, inputs: dict[str, Tensor]) -> list[Row]:
     return find_rows(program)
 
 
-def first(output: Any) -> Tensor:
-    found = output if isinstance(output, Tensor) else output[0]
-    assert isinstance(found, Tensor)
-    return found
-
-
 def shallow(name: str, layers: list[int], **more: Any) -> tuple[Compressed, nn.Module, dict[str, Tensor]]:
     model, inputs = ZOO[name]()
     rule = {"row": ROWS[name], "keep_layers": layers}
     return dwindle.compress(model, {"depth": rule, **more}, inputs=inputs), model, inputs
-
-
-def without(model: nn.Module, row: str, number: int) -> nn.Module:
-    other = copy.deepcopy(model)
-    blocks = other.get_submodule(row)
-    assert isinstance(blocks, nn.ModuleList)
-    del blocks[number]
-    return other
 
 
 @pytest.mark.parametrize("gone", [0, 1])

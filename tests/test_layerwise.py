@@ -304,7 +304,9 @@ def test_the_preset_has_four_bits_in_feed_forward_layers() -> None:
 
 def test_compressing_without_data_asks_for_them() -> None:
     model, inputs = ZOO["bert"]()
-    with pytest.raises(CalibrationError, match=r"(?s)trains layers.*labels are not needed.*random_tokens"):
+    with pytest.raises(
+        CalibrationError, match=r"(?s)trains layers.*labels are not needed.*random_tokens"
+    ):
         dwindle.compress(model, {**W4A8, "layerwise": {}}, inputs=inputs)
     compiled = torch.compile(model, backend="dwindle", options={"recipe": {**W4A8, "layerwise": {}}})
     with pytest.raises(Exception, match=r"torch\.compile cannot train layers"):

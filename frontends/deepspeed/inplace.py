@@ -27,7 +27,7 @@ from ...runtime.errors import RecipeError, ScheduleError
 from ...runtime.plan import Plan
 from ...runtime.qtensor import QTensor
 from ...runtime.store import Store
-from ..compress import require_effect, require_original
+from ..assemble import require_effect, require_original
 from ..pacing import Change, Pacer, really_stepped
 from ..recipe import Recipe
 
