@@ -20,7 +20,7 @@ from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-from ..passes.waiting import Advance
+from ..passes.progress import Advance
 from ..runtime.errors import DwindleError
 from .capture import guess_dynamic
 from .timing import in_turns, machine, quantile, resized

@@ -154,7 +154,7 @@ def compress(
             require_dtypes({t.dtype for t in [*source.model.parameters(), *source.model.buffers()]})
         batches = None if data is None else stage.track(load_data(data, source), "Calibrating")
         with stage.step(f"Compressing with {parsed.name or recipe}"):
-            small = compress_model(source.model, parsed, inputs=source.inputs, data=batches, quiet=True)
+            small = compress_model(source.model, parsed, inputs=source.inputs, data=batches)
         with stage.step("Measuring latency"):
             report = small.report()
         with appearing(out) as draft:
@@ -260,7 +260,7 @@ def bench(
             source = load_source(model)
         calibration = None if data is None else stage.track(load_data(data, source), "Calibrating")
         with stage.step(f"Compressing with {parsed.name or recipe}"):
-            small = compress_model(source.model, parsed, inputs=source.inputs, data=calibration, quiet=True)
+            small = compress_model(source.model, parsed, inputs=source.inputs, data=calibration)
         contenders: dict[str, Callable[..., Any]] = {"eager": source.model, "compressed": small}
         if compiled:
             contenders |= {
@@ -333,11 +333,9 @@ def demo(
 
 def _require_data(recipe: Recipe, data: str | None) -> None:
     """Ask for calibration data before the work. Raises CalibrationError."""
-    from .calibration import missing
+    from .calibration import require_data
 
-    error = missing(recipe, "--data")
-    if data is None and error is not None:
-        raise error
+    require_data(recipe, data, "--data")
 
 
 def _facts(variants: list[str], files: Mapping[str, int]) -> Table:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from ..passes.certify import certify, tensor_sizes
+from ..passes.distill import task_loss
 from ..passes.pipeline import Job
 from ..runtime.compressed import Compressed
 from ..runtime.contract import Signature
@@ -26,9 +28,8 @@ from .assemble import (
     require_original,
     verification_inputs,
 )
-from .calibration import calibration_batches, missing
+from .calibration import calibration_batches, require_data
 from .capture import DynamicShapes, capture
-from .distill import task_loss
 from .inputs import as_arguments
 from .measure import measure
 from .prepare import prepare
@@ -54,7 +55,7 @@ def compress(
         for layers chosen by influence or change, for pruning by taylor or fisher (with labels) or by routed mass, and
         for `layerwise`
     dynamic_shapes: names of dimensions that vary, {"input_ids": {0: "batch"}}; None finds batch and sequence
-    processes: blocks that are trained at once, quiet: without a bar; both by `layerwise` alone
+    processes: blocks that `layerwise` trains at once; quiet: shows no progress of what takes long
 
     The model is borrowed: its tensors are read, never written, and nothing about it changes. Without `layerwise` what
     is not packed is shared with it. Returns a Compressed, called like the model. Raises RecipeError, CaptureError,
@@ -63,21 +64,24 @@ def compress(
     """
     recipe = Recipe.of(recipe)
     if recipe.layerwise is None:
-        return _in_one_go(model, recipe, inputs, data, dynamic_shapes)
-    if data is None:
-        error = missing(recipe, "data=[batch, ...]")
-        assert error is not None, "layers are trained on data"
-        raise error
-    batches = list(data)
-    ranges = batches if any(rule.static for rule in recipe.rules()) else None
-    student = prepare(model, recipe, inputs=inputs, teacher=model, data=ranges, dynamic_shapes=dynamic_shapes)
+        return _in_one_go(model, recipe, inputs, data, dynamic_shapes, quiet)
+    require_data(recipe, data, "data=[batch, ...]")
+    batches = list(data or ())
+    student = prepare(
+        model, recipe, inputs=inputs, teacher=model, data=batches, dynamic_shapes=dynamic_shapes, quiet=quiet
+    )
     student.distill_layers(batches, processes=processes, quiet=quiet)
     return student.finish()
 
 
 @own_state()
 def _in_one_go(
-    model: nn.Module, recipe: Recipe, inputs: Any, data: Iterable[Any] | None, dynamic_shapes: DynamicShapes | None
+    model: nn.Module,
+    recipe: Recipe,
+    inputs: Any,
+    data: Iterable[Any] | None,
+    dynamic_shapes: DynamicShapes | None,
+    quiet: bool,
 ) -> Compressed:
     """Without training."""
     require_original(model)
@@ -93,7 +97,7 @@ def _in_one_go(
     job = Job(rules=rules, target=target, batches=batches, observer=recipe.calibration.observer)
     job.depth, job.prunes, job.inputs = recipe.depths(), recipe.prunes(), proof_inputs(captured, tensors)
     job.sparsifies, job.loss = recipe.sparsifies(), task_loss
-    job.show = late
+    job.show = partial(late, quiet=quiet)
     driver = prepared(captured, tensors, job)
     require_effect(rules, job.plan, captured.log)
     program, lowering, output = finish(driver, tensors, job)

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..passes.blocks import Lesson, lessons, written
-from ..passes.lesson import Example, Training, learn
+from ..passes.block_training import Example, Training, learn
+from ..passes.blocks import BlockPair, may_be_overwritten, pair_blocks
 from ..passes.quantize.live import gauges, require_seen
 from ..passes.stream import Stream
 from ..runtime.contract import Signature
@@ -103,7 +103,7 @@ def distill_layers(
     for _ in flat_batches(program, student.signature, batches):
         pass  # refused here by name, not in some block
     model, flat = _asked(teacher, student, program, batches)
-    found, left = lessons(program, model, student.plan.drops)
+    found, left = pair_blocks(program, model, student.plan.drops)
     results = _Results(student, training)
     with contextlib.ExitStack() as stack:
         stream = stack.enter_context(Stream(model, flat))
@@ -141,12 +141,12 @@ class _Results:
         self._gauges = gauges(student.plan, student.store)
         self._log = student._eval_variant().log
 
-    def own(self, lesson: Lesson) -> tuple[list[str], list[str]]:
+    def own(self, lesson: BlockPair) -> tuple[list[str], list[str]]:
         """Names of (what is trained, those of them that do not decay)."""
         own = [name for name in lesson.part.own if name not in self._kept]
         return own, [name for name in own if name in self._gauges]
 
-    def learn(self, lesson: Lesson, examples: Sequence[Example], advance: Callable[[], None]) -> None:
+    def learn(self, lesson: BlockPair, examples: Sequence[Example], advance: Callable[[], None]) -> None:
         """Here, in the student's own memory."""
         own, plain = self.own(lesson)
         held = {name: self._parameter(name) for name in own}
@@ -190,7 +190,7 @@ def _asked(teacher: Teacher, student: Student, program: Program, data: Batches) 
     return graph, list(flat_batches(graph, Signature.of(teacher.model), batches))
 
 
-def _examples(stream: Stream, lesson: Lesson, flat: Sequence[Sequence[Tensor]]) -> list[Example]:
+def _examples(stream: Stream, lesson: BlockPair, flat: Sequence[Sequence[Tensor]]) -> list[Example]:
     """What a block is given and what it is to give, for each batch."""
     given = _values(stream, lesson.given)
     wanted = _values(stream, lesson.wanted)
@@ -203,7 +203,8 @@ def _values(stream: Stream, nodes: Sequence[fx.Node]) -> list[tuple[Any, ...]]:
     for node in nodes:
         stream.keep(node)
     columns = [
-        [v.clone() if written(node) and isinstance(v, Tensor) else v for v in stream.values(node)] for node in nodes
+        [v.clone() if may_be_overwritten(node) and isinstance(v, Tensor) else v for v in stream.values(node)]
+        for node in nodes
     ]
     for node in nodes:
         stream.drop(node)

@@ -37,8 +37,8 @@ from ..runtime.report import block_of
 from ..runtime.scheme import Scheme
 from ..runtime.store import Store
 from .curvature import in_steps
+from .distributed import averaged, mean_over_ranks
 from .history import History
-from .ranks import averaged, mean_over_ranks
 from .settings import AdaptiveSettings, SensitivitySettings
 
 Closure = Callable[[], Tensor]

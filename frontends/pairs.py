@@ -10,7 +10,7 @@ from ..passes.taps import Tap, attentions, rows_of
 from ..runtime.errors import DistillationError
 from ..runtime.plan import Plan
 from ..runtime.program import Program
-from .teaching import DistillSettings, HiddenSettings, Loss, ScoreSettings
+from .distill_settings import DistillSettings, HiddenSettings, Loss, ScoreSettings
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -30,8 +31,8 @@ from .assemble import (
 )
 from .calibration import calibration_batches
 from .capture import DynamicShapes, capture
+from .distillation import Distillation
 from .inputs import as_arguments
-from .lessons import Lessons
 from .pacing import Pacer
 from .pairs import pairs_of
 from .progress import late
@@ -50,12 +51,15 @@ def prepare(
     data: Iterable[Any] | None = None,
     total_steps: int | None = None,
     dynamic_shapes: DynamicShapes | None = None,
+    quiet: bool = False,
 ) -> Student:
     """A trainable copy of `model` with the recipe's quantisation and pruning simulated; arguments as for `compress`.
 
     teacher: a model with the same call that `student.loss` learns from, such as `model` itself; it is not copied,
         trained or saved. What of it counts the recipe's `distill` says
-    total_steps: optimizer steps that are planned; a schedule that does not end within them is refused.
+    total_steps: optimizer steps that are planned; a schedule that does not end within them is refused
+    quiet: shows no progress of what takes long
+
     The student is in the model's mode. Parameters and buffers are clones with the model's names and
     requires_grad; an empty recipe trains exactly as the model does. Static ranges are observed in training, from
     those that `data` gives on. What pruning will cut is masked, and chosen anew as its schedule says; it was proved
@@ -75,7 +79,7 @@ def prepare(
     job.sparsifies = recipe.sparsifies()
     if data is not None:
         job.batches, job.observer = calibration_batches(first, signature, recipe, data), recipe.calibration.observer
-    job.show = late
+    job.show = partial(late, quiet=quiet)
     program = prepared(first, tensors, job).program
     require_effect(job.rules, job.plan, first.log)
     plan = job.plan or Plan()
@@ -116,30 +120,30 @@ def prepare(
     student.pacer = Pacer(course, pruning, recipe.sensitivity, recipe.adaptive())
     student.add(program)
     if teacher is not None:
-        student.lessons = _lessons(student, model, teacher, total_steps, dynamic_shapes)
+        student.distillation = _distillation(student, model, teacher, total_steps, dynamic_shapes)
     if total_steps is not None:
         student.forecast(total_steps).require_end()
     return student.train(model.training)
 
 
-def _lessons(
+def _distillation(
     student: Student,
     model: nn.Module,
     teacher: nn.Module,
     total_steps: int | None,
     dynamic_shapes: DynamicShapes | None,
-) -> Lessons:
+) -> Distillation:
     """What the teacher says, checked on the example. Raises DistillationError and RecipeError."""
     settings, batch = student.recipe.distill, student.example
     require_vocabulary(model, teacher)
     asked = Teacher(teacher, dynamic_shapes)
-    lessons = Lessons(asked, settings, student.store, settings.staged(total_steps))
+    taught = Distillation(asked, settings, student.store, settings.staged(total_steps))
     (own,) = student.variants.values()
     if settings.within:
         asked.ask(batch)  # first as it is: what it cannot take is refused in its own words
-        lessons.pairs = tuple(pairs_of(settings, own, student.plan, asked.program(batch)))
-    lessons.begin(student, own, batch)
-    return lessons
+        taught.pairs = tuple(pairs_of(settings, own, student.plan, asked.program(batch)))
+    taught.begin(student, own, batch)
+    return taught
 
 
 def unread(program: Program, plan: Plan) -> list[str]:

@@ -13,9 +13,9 @@ from rich.text import Text
 from torch import nn
 
 from ..passes.canonicalize import canonicalize
+from ..passes.choose_layers import row_of
 from ..passes.depth import By, Measure, Row, find_rows
-from ..passes.influence import Ranked, Ranking, rank
-from ..passes.staying import row_of
+from ..passes.rank import Ranked, Ranking, rank
 from ..runtime.contract import Signature
 from ..runtime.errors import CalibrationError, RecipeError
 from ..runtime.own_state import own_state

@@ -24,11 +24,12 @@ from .cuts import PruneEntry
 from .deepspeed.config import DeepSpeedConfig
 from .deepspeed.translate import translate
 from .depth import DepthEntry
+from .distill_settings import DistillSettings, HiddenSettings, ScoreSettings, StageSettings, TapSettings
 from .settings import (
     SCHEDULES,
     ActivationSettings,
     AdaptiveSettings,
-    Calibration,
+    CalibrationSettings,
     LayerwiseSettings,
     QuantizeEntry,
     ScheduleSettings,
@@ -36,7 +37,6 @@ from .settings import (
     WeightSettings,
 )
 from .strict import Strict
-from .teaching import DistillSettings, HiddenSettings, ScoreSettings, StageSettings, TapSettings
 from .zeros import SparsifyEntry
 
 # The keys of a DeepSpeed configuration that say how to compress.
@@ -56,7 +56,7 @@ class Recipe(Strict):
     prune: tuple[PruneEntry, ...] = ()
     sparsify: tuple[SparsifyEntry, ...] = ()
     quantize: tuple[QuantizeEntry, ...] = ()
-    calibration: Calibration = Calibration()
+    calibration: CalibrationSettings = CalibrationSettings()
     schedule: ScheduleSettings | None = None
     sensitivity: SensitivitySettings | None = None
     distill: DistillSettings = DistillSettings()
@@ -101,7 +101,7 @@ class Recipe(Strict):
         """The quantisation rules as the pass takes them."""
         return tuple(entry.rule(self.schedule) for entry in self.quantize)
 
-    def by_data(self) -> list[str]:
+    def rounds_by_data(self) -> list[str]:
         """What in it needs calibration data for the weights of linear layers."""
         rules = self.rules()
         methods = {f"method {rule.method!r}": None for rule in rules if rule.method != "nearest"}
@@ -109,7 +109,7 @@ class Recipe(Strict):
 
     def require_nearest(self, where: str) -> None:
         """Raise RecipeError for what is done once to a finished model; `where`: what it is asked of."""
-        found = self.by_data()
+        found = self.rounds_by_data()
         if found:
             raise RecipeError(
                 f"{where} cannot round weights by data or move scales between layers",
@@ -203,7 +203,7 @@ def _fields_at(path: tuple[int | str, ...]) -> list[str]:
         "sparsify": SparsifyEntry,
         "weight": WeightSettings,
         "activation": ActivationSettings,
-        "calibration": Calibration,
+        "calibration": CalibrationSettings,
         "sensitivity": SensitivitySettings,
         "distill": DistillSettings,
         "hidden": HiddenSettings,
@@ -249,7 +249,7 @@ W4A8_G32 = Recipe(
 STATIC_W8A8 = Recipe(
     name="static-w8a8",
     quantize=(QuantizeEntry(operators=("linear", "conv2d"), weight=_W8, activation=_A8_STATIC), _EMBEDDING_W8),
-    calibration=Calibration(method="mse"),
+    calibration=CalibrationSettings(method="mse"),
 )
 
 # Places and kinds of tokens, as models call these tables: few rows, which every token reads.

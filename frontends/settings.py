@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from ..passes import schedule as schedules
-from ..passes.lesson import Training
+from ..passes.block_training import Training
 from ..passes.quantize.adaptive import Budget
 from ..passes.quantize.decide import QuantizeRule
 from ..passes.quantize.observers import Method, Observer
@@ -296,7 +296,7 @@ class QuantizeEntry(Strict):
         )
 
 
-class Calibration(Strict):
+class CalibrationSettings(Strict):
     """How the ranges of static activations are taken from data; in training by moving average, with `momentum`."""
 
     method: Method = "mse"

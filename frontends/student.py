@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..passes.certify import certify, tensor_sizes
+from ..passes.distill import task_loss
 from ..passes.driver import Driver
 from ..passes.mismatch import code_mismatch
 from ..passes.pipeline import Job
@@ -33,18 +34,17 @@ from ..runtime.program import Entry, Program
 from ..runtime.store import Store
 from .assemble import finish, own_dtype, replayed, verification_inputs
 from .curvature import CurvatureTable
-from .distill import task_loss
+from .distill_settings import PARTS
+from .distillation import Compared, Distillation
 from .forecast import Forecast, forecast
 from .inputs import as_arguments
 from .layerwise import LayerwiseResult, distill_layers, training_of
-from .lessons import Compared, Lessons
 from .measure import measure
 from .pacing import Change, Closure, Pacer, really_stepped
 from .recipe import Recipe
 from .settings import LayerwiseSettings
 from .tapping import Tapping
 from .teacher import Teacher
-from .teaching import PARTS
 from .watch import Watch
 
 # (the student, training, arguments, plan) -> the variant masked, or with the cuts of a plan made
@@ -61,7 +61,7 @@ class Student(Tapping):
     example: Mapping[str, Any]
     pacer: Pacer
     _recapture: Recapture
-    lessons: Lessons | None = None
+    distillation: Distillation | None = None
     _seen: frozenset[Key] = frozenset()  # variants all of whose static ranges have seen something
     _following: bool = False
     _again: Closure | None = None
@@ -69,7 +69,7 @@ class Student(Tapping):
     _left_out: Mapping[str, int] = MappingProxyType({})  # bytes of the tensors of blocks that were dropped, by name
     _anew = False  # whether a state of the model alone was loaded, and pruning has not begun anew by it
 
-    NOT_COPIED = (*Tapping.NOT_COPIED, "pacer", "lessons", "_following", "_again", "_loss")
+    NOT_COPIED = (*Tapping.NOT_COPIED, "pacer", "distillation", "_following", "_again", "_loss")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -79,7 +79,7 @@ class Student(Tapping):
         """A student that trains on by itself, from here; it follows no optimizer yet. The teacher is shared."""
         other = super().__deepcopy__(memo)
         other.pacer = self.pacer.on(other.store)
-        other.lessons = None if self.lessons is None else replace(self.lessons, store=other.store)
+        other.distillation = None if self.distillation is None else replace(self.distillation, store=other.store)
         other.register_load_state_dict_post_hook(_begin_anew)  # type: ignore[no-untyped-call]  # as above
         return other
 
@@ -127,8 +127,8 @@ class Student(Tapping):
         Raises DistillationError where there is neither, or where student and teacher cannot be compared.
         """
         arguments, call = as_arguments(self, batch), self if model is None else model
-        if self.lessons is not None:
-            found = self.lessons.loss(self, call, arguments, self.pacer.course.step)
+        if self.distillation is not None:
+            found = self.distillation.loss(self, call, arguments, self.pacer.course.step)
         else:
             own = task_loss(call(**arguments))
             if own is None:
@@ -147,10 +147,10 @@ class Student(Tapping):
 
         Raises DistillationError without a teacher.
         """
-        if self.lessons is None:
+        if self.distillation is None:
             raise DistillationError("the student has no teacher", required="prepare(..., teacher=model)", found="none")
         arguments, weights = as_arguments(self, batch), dict.fromkeys(PARTS, 1.0)
-        return self.lessons.compare(self, self if model is None else model, arguments, weights)
+        return self.distillation.compare(self, self if model is None else model, arguments, weights)
 
     def distill_layers(
         self,
@@ -177,7 +177,7 @@ class Student(Tapping):
         base = (self.recipe.layerwise or LayerwiseSettings()).training()
         training = training_of(base, steps=steps, lr=lr, decay=weight_decay, seed=seed)
         with own_state():
-            known = self.lessons.teacher if self.lessons is not None else None
+            known = self.distillation.teacher if self.distillation is not None else None
             asked = known if teacher is None else Teacher(teacher)
             return distill_layers(self, data, asked, training, processes, quiet)
 
@@ -348,7 +348,7 @@ class Student(Tapping):
 
     def _own_names(self) -> set[str]:
         """What training keeps in the store besides the model's own tensors."""
-        taught = set() if self.lessons is None else self.lessons.names()
+        taught = set() if self.distillation is None else self.distillation.names()
         return gauges(self.plan, self.store) | self.pacer.pruning.names() | taught
 
     def _eval_variant(self) -> Program:

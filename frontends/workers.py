@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..passes.blocks import Part
-from ..passes.lesson import Example, Training, learn
+from ..passes.block_training import Example, Training, learn
+from ..passes.blocks import Subgraph
 from ..runtime.contract import Contract
 from ..runtime.errors import DistillationError, DwindleError
 from ..runtime.graph_json import graph_from_json, graph_to_json
@@ -95,7 +95,7 @@ def serve() -> None:
         out.write(result)
 
 
-def task_of(part: Part, own: list[str], plain: list[str], examples: list[Example], training: Training) -> bytes:
+def task_of(part: Subgraph, own: list[str], plain: list[str], examples: list[Example], training: Training) -> bytes:
     """What another process needs to train a block. own: parameters to train; plain: those of them without decay."""
     tensors = part.reads()
     home = next(t.device for t in tensors.values())

@@ -1,8 +1,8 @@
 """Blocks of a graph as graphs of their own, and what a teacher's graph has in the place of each.
 
-    y = block(x, mask, ...; theta)      a Part takes x, mask, ... and gives y; theta is what it alone reads
+    y = block(x, mask, ...; theta)      a Subgraph takes x, mask, ... and gives y; theta is what it alone reads
 
-What quantises an activation on its way into a block belongs to the block: a Part takes x as it was before.
+What quantises an activation on its way into a block belongs to the block: a Subgraph takes x as it was before.
 
 A student without some of its blocks keeps their numbers. Its block n takes what the teacher has at the end of the
 last block before n that the student has, and is to give what the teacher has at the end of block n; so it learns what
@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 
 from ..runtime.errors import DistillationError
 from ..runtime.plan import DropBlock
-from ..runtime.program import Program, escapes, source_of, value_of, writes
+from ..runtime.program import Program, escapes, is_float, source_of, value_of, writes
 from ..runtime.store import Store
 from .depth import BESIDE, Block, Row, find_rows, outermost
 from .quantize.insert import SITE
@@ -33,7 +33,7 @@ from .tokens import mask_of
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class Subgraph:
     """A block cut out of a program; all in graph order.
 
     nodes: what it computes and the tensors that it reads; inputs, outputs: nodes of the whole graph
@@ -72,14 +72,14 @@ class Part:
 
 
 @dataclass(frozen=True, eq=False)
-class Lesson:
+class BlockPair:
     """What a block of the student learns: nodes of the teacher's graph in the order of the part's.
 
     given: the teacher's values that stand for the part's inputs; wanted: those that it is to give
     mask: which input of the teacher's graph says what is padding in them, if any does
     """
 
-    part: Part
+    part: Subgraph
     given: tuple[fx.Node, ...]
     wanted: tuple[fx.Node, ...]
     mask: int | None
@@ -98,17 +98,17 @@ class Cutter:
             if _is_read(node) or (node.op == "call_function" and read and all(x in self.stored for x in read)):
                 self.stored.add(node)
 
-    def cut(self, block: Block) -> Part:
+    def cut(self, block: Block) -> Subgraph:
         """The block as a graph of its own."""
         inside = self._hull(block)
         given = [n for n in self.nodes if n in inside and not self._fakes(n) and self._leaves(n, inside)]
-        floats = [n for n in given if _is_float(n)]
-        shapes = {_shape(n) for n in self._reach(floats, inside)[1] if _is_float(n)}
+        floats = [n for n in given if is_float(n)]
+        shapes = {_shape(n) for n in self._reach(floats, inside)[1] if is_float(n)}
         outputs = [n for n in floats if _shape(n) in shapes] or floats
         taken, inputs = self._computing(outputs, inside)
         others = self._reach([n for n in given if n not in outputs], inside, but=set(outputs))[0]
         own = self._own(taken, {str(n.target) for n in others if _is_read(n)}, inside)
-        return Part(
+        return Subgraph(
             self.program,
             block.path,
             self._ordered(taken),
@@ -212,7 +212,9 @@ class Cutter:
         return tuple(sorted(nodes, key=self.place.__getitem__))
 
 
-def lessons(student: Program, teacher: Program, drops: Collection[DropBlock]) -> tuple[list[Lesson], dict[str, str]]:
+def pair_blocks(
+    student: Program, teacher: Program, drops: Collection[DropBlock]
+) -> tuple[list[BlockPair], dict[str, str]]:
     """(what each block of the student learns, in the order of the teacher's graph; by path, why others learn nothing).
 
     drops: blocks of the model that the student is without. Raises DistillationError where the teacher has no blocks
@@ -232,7 +234,7 @@ def lessons(student: Program, teacher: Program, drops: Collection[DropBlock]) ->
         _require_same(row, known, gone)
     ours, theirs = Cutter(student), Cutter(teacher)
     stands = _stands(rows, gone)
-    found, left = list[Lesson](), dict[str, str]()
+    found, left = list[BlockPair](), dict[str, str]()
     for block in (block for row in rows for block in row.blocks if block.path not in gone):
         part, model = ours.cut(known[block.path]), theirs.cut(block)
         if part.reason:
@@ -241,7 +243,7 @@ def lessons(student: Program, teacher: Program, drops: Collection[DropBlock]) ->
         given = theirs._ordered({stands.get(node, node) for node in model.inputs})
         for what, mine, other in (("takes", part.inputs, given), ("gives", part.outputs, model.outputs)):
             _require_alike(f"{block.path} {what}", mine, other)
-        found.append(Lesson(part, given, model.outputs, _mask(teacher, block.path, model.outputs)))
+        found.append(BlockPair(part, given, model.outputs, _mask(teacher, block.path, model.outputs)))
     if not found:
         path, reason = next(iter(left.items()))
         raise DistillationError(
@@ -253,7 +255,7 @@ def lessons(student: Program, teacher: Program, drops: Collection[DropBlock]) ->
     return sorted(found, key=lambda lesson: max(map(theirs.place.__getitem__, lesson.wanted))), left
 
 
-def written(node: fx.Node) -> bool:
+def may_be_overwritten(node: fx.Node) -> bool:
     """Whether a later call may write the memory of a value."""
     return escapes(source_of(node))
 
@@ -268,11 +270,6 @@ def _past_items(node: fx.Node) -> Iterator[fx.Node]:
 
 def _is_read(node: fx.Node) -> bool:
     return node.op == "get_attr"
-
-
-def _is_float(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _shape(node: fx.Node) -> tuple[torch.dtype, tuple[str, ...]]:

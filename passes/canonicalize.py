@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..runtime.program import Program, escapes, source_of, value_of
+from ..runtime.program import Program, escapes, same_shape, source_of, value_of
 from .composite import write_out
 from .match import Call, Literal, Match, Maybe, Stored, Var, full_args
 from .prune.transfer import rule_of
@@ -55,7 +55,7 @@ def _write_afterwards(program: Program) -> None:
         if plain is not None:
             given = {name: value for name, value in node.kwargs.items() if name != "out"}
             made = program.emit(plain, *node.args, like=node, **given)
-            if [str(n) for n in value_of(out).shape] == [str(n) for n in value_of(made).shape]:
+            if same_shape(out, made):
                 result = program.emit(aten.copy_.default, out, made, like=node)
             else:
                 result = program.emit(aten.to.dtype, made, value_of(out).dtype, like=node)

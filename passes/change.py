@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from ..runtime.errors import CalibrationError
-from ..runtime.program import Program
+from ..runtime.program import Program, is_float
 from .depth import Measure
 from .outputs import given, names
 from .tokens import IGNORED, mask_of, tokens
@@ -30,7 +30,7 @@ class Change:
     def __init__(self, program: Program, measure: Measure) -> None:
         self.measure = measure
         values, called = given(program), names(program.contract.output)
-        floats = [i for i, value in enumerate(values) if _is_float(value)]
+        floats = [i for i, value in enumerate(values) if is_float(value)]
         self.places = [i for i in floats if (called[i] == "loss") == (measure == "loss")]
         if measure == "logits":
             self.places = [i for i in floats if called[i] == "logits"] or (self.places if len(self.places) == 1 else [])
@@ -95,8 +95,3 @@ class Change:
         if self.measure == "output":
             return math.sqrt(over / under) if under else math.sqrt(over)
         return over / under
-
-
-def _is_float(value: fx.Node) -> bool:
-    held = value.meta.get("val")
-    return isinstance(held, Tensor) and held.is_floating_point()

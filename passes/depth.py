@@ -25,7 +25,7 @@ from ..runtime.errors import PassError
 from ..runtime.ops.catalog import SIMULATED
 from ..runtime.ops.steps import LINEAR_OF_STEPS
 from ..runtime.plan import DropBlock
-from ..runtime.program import Program, value_of
+from ..runtime.program import Program, same_shape, value_of
 from .outputs import given, leave_out, lists
 
 aten = torch.ops.aten
@@ -34,18 +34,21 @@ Spread = Literal["even", "ends", "first", "last"]
 By = Literal["influence", "change", "greedy"]
 Measure = Literal["output", "logits", "loss"]
 
+CONVOLUTIONS = (
+    *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
+    *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),
+)
+
 # What a residual stream does not pass.
 PRODUCTS = frozenset(
     {
+        *CONVOLUTIONS,
         aten.linear.default,
         aten.addmm.default,
         aten.mm.default,
         aten.bmm.default,
         aten.matmul.default,
         aten.embedding.default,
-        aten.conv1d.default,
-        aten.conv2d.default,
-        aten.conv3d.default,
         aten.scaled_dot_product_attention.default,
         LINEAR_OF_STEPS.overload,
     }
@@ -218,8 +221,7 @@ def _is_tensor(node: fx.Node) -> bool:
 
 
 def _alike(x: fx.Node, y: fx.Node) -> bool:
-    a, b = value_of(x), value_of(y)
-    return a.dtype == b.dtype and [str(n) for n in a.shape] == [str(n) for n in b.shape]
+    return value_of(x).dtype == value_of(y).dtype and same_shape(x, y)
 
 
 def outermost(rows: Sequence[Row]) -> list[Row]:
@@ -228,7 +230,7 @@ def outermost(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if not any(row.path.startswith(f"{path}.") for path in inner)]
 
 
-def dropped(program: Program, drops: Collection[DropBlock]) -> Program:
+def drop_blocks(program: Program, drops: Collection[DropBlock]) -> Program:
     """The graph without these blocks, in place. Raises PassError for one that cannot go here."""
     paths = {edit.path for edit in drops}
     rows = find_rows(program)

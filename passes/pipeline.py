@@ -18,10 +18,12 @@ from ..runtime.qtensor import QTensor
 from ..runtime.store import Store
 from .canonicalize import TO_LINEAR, canonicalize
 from .certify import require_real
-from .depth import DepthRule, dropped
+from .choose_layers import drops_of
+from .depth import DepthRule, drop_blocks
 from .driver import Driver, Pass
 from .fold import fold_batch_norm, fold_constants
 from .lower import lower
+from .progress import Show, no_steps
 from .prune import sparsify as zeros
 from .prune.course import PruneCourse
 from .prune.decide import PruneRule, accepted, chosen, provable, require_proven
@@ -43,11 +45,10 @@ from .quantize.equalize import Fold, find_folds, refold
 from .quantize.insert import insert
 from .quantize.live import Live, floating, place_ranges
 from .quantize.observers import MakeObserver, Observer
-from .quantize.rounded import by_data, replayed, rounded
+from .quantize.rounded import edits_by_data, replayed, round_by_data
 from .quantize.steps import on_steps
 from .rewrite import apply_rules
-from .staying import drops_of
-from .waiting import Show, unseen
+from .stream import Batch, Batches
 
 
 @dataclass
@@ -86,7 +87,7 @@ class Job:
     loss: Loss | None = None
     plan: Plan | None = None
     target: Store = field(default_factory=Store)
-    batches: Callable[[], Iterable[Sequence[Tensor]]] | None = None
+    batches: Batches | None = None
     observer: MakeObserver = Observer
     trains: bool = False
     paces: dict[str, Pace] = field(default_factory=dict)
@@ -94,7 +95,7 @@ class Job:
     seed: int = 0
     momentum: float = 0.9
     folds: tuple[Fold, ...] | None = None
-    show: Show = unseen
+    show: Show = no_steps
     reference: Program | None = None
 
     @property
@@ -157,7 +158,7 @@ def _drop(program: Program, job: Job) -> Program:
             job.drops = tuple(drops_of(program, job.depth, job.batches, advance))
     else:
         job.drops = job.plan.drops
-    return dropped(program, job.drops)
+    return drop_blocks(program, job.drops)
 
 
 def _prune(program: Program, job: Job) -> Program:
@@ -213,7 +214,7 @@ def _decide(program: Program, job: Job) -> Program:
     return program
 
 
-def _batches(job: Job, fqn: str) -> Iterable[Sequence[Tensor]]:
+def _batches(job: Job, fqn: str) -> Iterable[Batch]:
     if job.batches is None:
         raise CalibrationError(
             f"{fqn} is not called where it would have been rounded by data",
@@ -245,13 +246,13 @@ def _equalize(program: Program, job: Job) -> Program:
 def _round(program: Program, job: Job) -> Program:
     """Codes are found once; later variants read them from the finished store."""
     plan = job.plan or Plan()
-    edits = by_data(plan)
+    edits = edits_by_data(plan)
     job.reference = program.copy(program.store.fork())
     missing = [fqn for fqn in edits if not isinstance(job.target.get(fqn), QTensor)]
     if not missing:
         return replayed(program, plan, job.target)
     with job.show("Rounding by data") as advance:
-        return rounded(program, plan, _batches(job, missing[0]), advance)
+        return round_by_data(program, plan, _batches(job, missing[0]), advance)
 
 
 def _calibrate(program: Program, job: Job) -> Program:
@@ -334,7 +335,7 @@ PREPARE: tuple[Stage, ...] = (
         needed=lambda program, job: any(edit.moves_scale for edit in (job.plan or Plan()).quantizations),
         limit=1e-3,
     ),
-    Stage(name="round", run=_round, needed=lambda program, job: bool(by_data(job.plan or Plan()))),
+    Stage(name="round", run=_round, needed=lambda program, job: bool(edits_by_data(job.plan or Plan()))),
     Stage(
         name="calibrate",
         run=_calibrate,

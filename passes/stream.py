@@ -12,7 +12,7 @@ a cut through the graph holds, once for each batch.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,11 +21,17 @@ from torch import Tensor, fx
 
 from ..runtime.program import Program
 
+Batch = Sequence[Tensor]
+"""A graph's flat inputs."""
+
+Batches = Callable[[], Iterable[Batch]]
+"""Asked for where something needs them; raises CalibrationError where there are none."""
+
 
 class Stream:
     """Values of a program over batches of flat inputs, in graph order and without gradient."""
 
-    def __init__(self, program: Program, batches: Iterable[Sequence[Tensor]]) -> None:
+    def __init__(self, program: Program, batches: Iterable[Batch]) -> None:
         self._runs = [_Run(program, batch) for batch in batches]
         self._nodes: list[fx.Node] = list(program.graph.nodes)
         self._place = {node: i for i, node in enumerate(self._nodes)}

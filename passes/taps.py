@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from ..runtime import compat
 from ..runtime.errors import DistillationError
-from ..runtime.program import Program, value_of
+from ..runtime.program import Program, is_float, value_of
 from .depth import Block, Row, find_rows, outermost
 from .match import full_args
 from .outputs import given, output_of
@@ -117,7 +117,7 @@ def _module_output(program: Program, path: str) -> fx.Node:
     """The last floating-point value of a module that others read."""
     inside = [n for n in program.graph.nodes if n.op == "call_function" and path in _paths(n)]
     within = set(inside)
-    read = [n for n in inside if _is_float(n) and any(user not in within for user in n.users)]
+    read = [n for n in inside if is_float(n) and any(user not in within for user in n.users)]
     if not read:
         known = {p: None for n in program.graph.nodes if n.op == "call_function" for p in _paths(n)}
         raise _not_there(Tap("output", path), list(known))
@@ -127,11 +127,6 @@ def _module_output(program: Program, path: str) -> fx.Node:
 
 def _paths(node: fx.Node) -> Iterator[str]:
     return (path for _, path, _ in compat.module_calls(node))
-
-
-def _is_float(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _scores(program: Program, block: Block, tap: Tap) -> fx.Node:

@@ -203,6 +203,17 @@ def value_of(node: fx.Node) -> Tensor:
     return value
 
 
+def is_float(node: fx.Node) -> bool:
+    """Whether a node's value is one tensor of floating-point numbers."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def same_shape(x: fx.Node, y: fx.Node) -> bool:
+    """Whether two values have the same sizes, or sizes that vary by the same name. No size is guarded."""
+    return [str(n) for n in value_of(x).shape] == [str(n) for n in value_of(y).shape]
+
+
 def _is_buffer(module: torch.nn.Module, name: str) -> bool:
     owner, _, leaf = name.rpartition(".")
     return leaf in module.get_submodule(owner)._buffers

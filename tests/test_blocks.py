@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import dwindle
 from dwindle.frontends.capture import capture
 from dwindle.frontends.student import Student
-from dwindle.passes.blocks import Lesson, lessons
+from dwindle.passes.blocks import BlockPair, pair_blocks
 from dwindle.passes.canonicalize import canonicalize
 from dwindle.passes.stream import Stream
 from dwindle.runtime.errors import DistillationError
@@ -43,14 +43,14 @@ def graph_of(student: Student) -> Program:
 
 
 @functools.cache
-def parts(name: str, quantised: bool) -> tuple[list[Lesson], Program, Program, list[Tensor]]:
+def parts(name: str, quantised: bool) -> tuple[list[BlockPair], Program, Program, list[Tensor]]:
     return cut(name, W4A8 if quantised else {})
 
 
-def cut(name: str, recipe: dict[str, Any]) -> tuple[list[Lesson], Program, Program, list[Tensor]]:
+def cut(name: str, recipe: dict[str, Any]) -> tuple[list[BlockPair], Program, Program, list[Tensor]]:
     model, inputs = ZOO[name]()
     student, teacher = graph_of(dwindle.prepare(model, recipe, inputs=inputs)), captured(model, inputs)
-    found, left = lessons(student, teacher, ())
+    found, left = pair_blocks(student, teacher, ())
     assert [lesson.part.path for lesson in found] == BLOCKS[name]
     assert not left
     return found, student, teacher, list(inputs.values())
@@ -135,7 +135,7 @@ class Tower(nn.Module):
 def test_what_cannot_be_learned_alone_is_left_with_the_reason() -> None:
     torch.manual_seed(0)
     model, x = Tower().eval(), {"x": torch.randn(4, 8)}
-    found, left = lessons(graph_of(dwindle.prepare(model, {}, inputs=x)), captured(model, x), ())
+    found, left = pair_blocks(graph_of(dwindle.prepare(model, {}, inputs=x)), captured(model, x), ())
     assert [lesson.part.path for lesson in found] == ["blocks.0", "blocks.4"]
     assert left["blocks.1"] == "it is called 2 times"
     assert "others read all of its parameters" in left["blocks.2"]
@@ -163,7 +163,7 @@ def test_a_block_that_writes_what_it_is_given_is_left() -> None:
             return x
 
     model, x = Net().eval(), {"x": torch.randn(4, 8)}
-    found, left = lessons(graph_of(dwindle.prepare(model, {}, inputs=x)), captured(model, x), ())
+    found, left = pair_blocks(graph_of(dwindle.prepare(model, {}, inputs=x)), captured(model, x), ())
     assert [lesson.part.path for lesson in found] == ["blocks.0", "blocks.2"]
     assert "in place" in left["blocks.1"]
 
@@ -181,7 +181,7 @@ def test_what_a_block_writes_of_its_own_is_written() -> None:
 
     torch.manual_seed(0)
     model, x = nn.Sequential(*(nn.Sequential(Cuts()) for _ in range(2))).eval(), torch.randn(4, 8)
-    found, left = lessons(graph_of(dwindle.prepare(model, {}, inputs=x)), captured(model, {"input": x}), ())
+    found, left = pair_blocks(graph_of(dwindle.prepare(model, {}, inputs=x)), captured(model, {"input": x}), ())
     assert not left
     for lesson, block in zip(found, model, strict=True):
         assert torch.equal(lesson.part.module(lesson.part.own)(x.clone())[0], block(x))
@@ -192,7 +192,7 @@ def test_blocks_that_are_missing_are_stood_for_by_what_goes_into_them() -> None:
     model = nn.Sequential(*(nn.Sequential(Residual()) for _ in range(5))).eval()
     x = torch.randn(4, 8)
     student = dwindle.prepare(model, {"depth": {"row": "", "keep_layers": [2, 4]}}, inputs=x)
-    found, _ = lessons(graph_of(student), captured(model, {"input": x}), student.plan.drops)
+    found, _ = pair_blocks(graph_of(student), captured(model, {"input": x}), student.plan.drops)
     assert [lesson.part.path for lesson in found] == ["2", "4"]
     for lesson, before, after in zip(found, (0, 3), (3, 5), strict=True):
         program = captured(model, {"input": x})
@@ -209,17 +209,17 @@ def test_models_that_do_not_have_the_same_blocks_are_refused() -> None:
     student = graph_of(dwindle.prepare(bert, W4A8, inputs=inputs))
     llama, tokens = ZOO["llama"]()
     with pytest.raises(DistillationError, match=r"(?s)no blocks where.*model\.layers of 2.*names: encoder\.layer"):
-        lessons(student, captured(llama, tokens), ())
+        pair_blocks(student, captured(llama, tokens), ())
     mlp, x = ZOO["mlp"]()
     with pytest.raises(DistillationError, match="no blocks to learn from"):
-        lessons(student, captured(mlp, x), ())
+        pair_blocks(student, captured(mlp, x), ())
     x = torch.randn(4, 8)
     three, five = (nn.Sequential(*(nn.Sequential(Residual()) for _ in range(n))).eval() for n in (3, 5))
     shallow = graph_of(dwindle.prepare(three, {}, inputs=x))
     with pytest.raises(
         DistillationError, match=r"(?s)not have the same blocks.*the 5 of the teacher.*3 in the student"
     ):
-        lessons(shallow, captured(five, {"input": x}), ())
+        pair_blocks(shallow, captured(five, {"input": x}), ())
 
 
 def test_another_width_is_refused() -> None:
@@ -237,4 +237,4 @@ def test_another_width_is_refused() -> None:
     x = {"x": torch.randn(4, 8)}
     student = graph_of(dwindle.prepare(Wide(8).eval(), {}, inputs=x))
     with pytest.raises(DistillationError, match=r"(?s)blocks\.0 takes something else.*, 12\).*, 8\)"):
-        lessons(student, captured(Wide(12).eval(), x), ())
+        pair_blocks(student, captured(Wide(12).eval(), x), ())

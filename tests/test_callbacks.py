@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from classifier import ADAPTIVE, MOQ, batch, classifier, items, train_rank
 from models import ZOO
-from ranks import ADAPTIVE, MOQ, batch, classifier, items, train_rank
 from torch import multiprocessing
 from transformers import Trainer, TrainingArguments
 

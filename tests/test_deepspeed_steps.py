@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from classifier import classifier, items
 from deepspeed_configs import JSON, engine, falling, static
-from ranks import classifier, items
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint

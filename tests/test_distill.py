@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dwindle
-from dwindle.frontends.distill import divergence
+from dwindle.passes.distill import divergence
 from dwindle.runtime.errors import DistillationError, RecipeError
 
 W3 = {"quantize": [{"weight": {"bits": 3}}]}

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import dwindle
-from dwindle.frontends.distill import kept_states, scores_apart, states_apart
-from dwindle.frontends.lessons import PROJECTIONS
+from dwindle.frontends.distillation import PROJECTIONS
+from dwindle.passes.distill import kept_states, scores_apart, states_apart
 from dwindle.passes.taps import Tap
 from dwindle.runtime.errors import DistillationError, RecipeError
 
@@ -119,8 +119,8 @@ def test_layers_that_stayed_learn_from_what_they_were() -> None:
     model, given = bert(), batch()
     recipe = {"depth": {"keep_layers": [1, 3]}, "distill": WITHIN}
     student = dwindle.prepare(model, recipe, inputs=given, teacher=model)
-    assert student.lessons is not None
-    mine = [(str(pair.student), str(pair.teacher)) for pair in student.lessons.pairs]
+    assert student.distillation is not None
+    mine = [(str(pair.student), str(pair.teacher)) for pair in student.distillation.pairs]
     row = "bert.encoder.layer"
     assert mine == [
         (f"start of {row}", f"start of {row}"),
@@ -137,14 +137,14 @@ def test_a_teacher_of_another_depth(layers: Any, expected: list[int]) -> None:
     given = batch()
     wanted = {"layers": layers, "embeddings": False}
     student = dwindle.prepare(bert(2), {"distill": {"hidden": wanted}}, inputs=given, teacher=bert(4))
-    assert student.lessons is not None
-    assert [int(pair.teacher.path[-1]) for pair in student.lessons.pairs] == expected
+    assert student.distillation is not None
+    assert [int(pair.teacher.path[-1]) for pair in student.distillation.pairs] == expected
 
 
 def test_one_block_is_a_row_too() -> None:
     student = dwindle.prepare(bert(1), {"distill": WITHIN}, inputs=batch(), teacher=bert(1))
-    assert student.lessons is not None
-    assert [pair.student.kind for pair in student.lessons.pairs] == ["start", "end", "scores"]
+    assert student.distillation is not None
+    assert [pair.student.kind for pair in student.distillation.pairs] == ["start", "end", "scores"]
 
 
 def test_a_wider_teacher_has_a_learned_projection_that_does_not_stay() -> None:
@@ -177,7 +177,7 @@ def test_stages_and_an_early_end() -> None:
     given, model = batch(), bert(2)
     settings = {**WITHIN, "stages": 2, "kd_until": 8}
     student = dwindle.prepare(model, {"distill": settings}, inputs=given, teacher=bert(2, seed=1), total_steps=10)
-    lessons = student.lessons
+    lessons = student.distillation
     assert lessons is not None
     parts = []
     for step in range(10):

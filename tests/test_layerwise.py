@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import dwindle
 from dwindle.frontends.layerwise import random_tokens
 from dwindle.frontends.progress import late
-from dwindle.passes.lesson import Example, Training, learn, missed
+from dwindle.passes.block_training import Example, Training, learn, missed
 from dwindle.runtime.errors import CalibrationError, DistillationError, RecipeError, ScheduleError
 
 W4A8: dict[str, Any] = {
@@ -302,11 +302,17 @@ def test_the_preset_has_four_bits_in_feed_forward_layers() -> None:
         dwindle.compress(mlp, "zeroquant-w4a8-lkd", inputs=x, data=[x])
 
 
+def test_data_serve_what_else_the_recipe_measures() -> None:
+    model, inputs = ZOO["gpt2"]()
+    recipe = {**W4A8, "depth": {"keep": 1, "by": "influence"}, "layerwise": {"steps": 1}}
+    small = dwindle.compress(model, recipe, inputs=inputs, data=(batch for batch in [inputs]), quiet=True)
+    ranking = dwindle.rank_layers(model, [inputs], quiet=True)
+    assert [edit.path for edit in small.plan.drops] == [f"transformer.h.{ranking.order[0]}"]
+
+
 def test_compressing_without_data_asks_for_them() -> None:
     model, inputs = ZOO["bert"]()
-    with pytest.raises(
-        CalibrationError, match=r"(?s)trains layers.*labels are not needed.*random_tokens"
-    ):
+    with pytest.raises(CalibrationError, match=r"(?s)trains layers.*labels are not needed.*random_tokens"):
         dwindle.compress(model, {**W4A8, "layerwise": {}}, inputs=inputs)
     compiled = torch.compile(model, backend="dwindle", options={"recipe": {**W4A8, "layerwise": {}}})
     with pytest.raises(Exception, match=r"torch\.compile cannot train layers"):

@@ -13,8 +13,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from classifier import MOQ, items
 from numerics import error
-from ranks import MOQ, items
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 

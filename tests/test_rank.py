@@ -201,6 +201,24 @@ def test_a_convolution_has_its_tokens_where_the_pixels_are() -> None:
     assert row not in rows  # the stage can go as a whole
 
 
+@pytest.mark.parametrize("padding", [1, "same"])
+def test_however_its_padding_is_said(padding: int | str) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Conv1d(6, 6, 3, padding=padding)
+
+        def forward(self, x: Tensor) -> Tensor:
+            """(B, 6, T), channels first."""
+            return x + self.mix(x)
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Block(), Block(), Block()).eval(), torch.randn(2, 6, 9)
+    expected = by_hooks(model, "", {"input": x}, None, channels=1)
+    (ranking,) = rank_layers(model, [x], quiet=True).rows
+    assert [block.influence for block in ranking.blocks] == pytest.approx(expected, rel=1e-4)
+
+
 def test_cosines_of_zeros() -> None:
     x = torch.tensor([[0.0, 0.0], [0.0, 0.0], [1.0, 0.0], [3.0, 3.0]])
     y = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0], [0.1, 0.1]])

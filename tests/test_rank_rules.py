@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import dwindle
 from dwindle.frontends.rank import rank_layers
-from dwindle.passes.influence import Ranking
+from dwindle.passes.rank import Ranking
 from dwindle.runtime.errors import CalibrationError, RecipeError
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from classifier import MOQ, batch, classifier, items
 from models import ZOO
-from ranks import MOQ, batch, classifier, items
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 import dwindle
 from dwindle.frontends import compress as compressing
 from dwindle.frontends.recipe import Recipe
+from dwindle.passes.progress import Advance
 from dwindle.passes.quantize import rounded as rounding
 from dwindle.passes.quantize.clip import clip
 from dwindle.passes.quantize.gptq import gptq, gram
-from dwindle.passes.waiting import Advance
 from dwindle.runtime.errors import CalibrationError, RecipeError
 from dwindle.runtime.plan import Plan
 from dwindle.runtime.qtensor import QTensor
@@ -87,8 +87,8 @@ def test_layers_that_share_an_input_share_its_products(monkeypatch: pytest.Monke
     monkeypatch.setattr(rounding, "gram", lambda *args: calls.append(args) or gram(*args))
 
     @contextmanager
-    def shown(name: str) -> Iterator[Advance]:
-        yield lambda done, total: seen.append((name, done, total))
+    def shown(name: str, *, quiet: bool) -> Iterator[Advance]:
+        yield lambda done, total: None if quiet else seen.append((name, done, total))
 
     monkeypatch.setattr(compressing, "late", shown)
     dwindle.compress(
@@ -99,6 +99,9 @@ def test_layers_that_share_an_input_share_its_products(monkeypatch: pytest.Monke
     )
     assert len(calls) == 2 * 4 + 1  # QKV, output, gate and up, down; the head
     assert seen == [("Rounding by data", i, 15) for i in range(1, 16)]
+    seen.clear()
+    dwindle.compress(model, recipe("gptq"), inputs=inputs, data=batches(inputs), quiet=True)
+    assert not seen
 
 
 class Twice(nn.Module):

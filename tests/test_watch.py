@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import ADAPTIVE, MOQ, batch, classifier, items
+from classifier import ADAPTIVE, MOQ, batch, classifier, items
 from rich.console import Console
 
 import dwindle

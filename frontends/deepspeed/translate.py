@@ -24,7 +24,7 @@ from ...runtime.errors import RecipeError
 from ..depth import DepthEntry
 from ..settings import (
     ActivationSettings,
-    Calibration,
+    CalibrationSettings,
     ConstantSettings,
     MoQSettings,
     Operators,
@@ -63,7 +63,7 @@ def translate(source: DeepSpeedConfig | Mapping[str, Any] | str | Path) -> dict[
         "prune": tuple(pruned(config)),
         **({} if sparse is None else {"sparsify": sparsified(sparse)}),
         "quantize": tuple(entries),
-        "calibration": Calibration(momentum=MOMENTUM),
+        "calibration": CalibrationSettings(momentum=MOMENTUM),
         "sensitivity": _sensitivity(config),
     }
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from ..depth import CONVOLUTIONS
 from ..match import full_args
 from .axes import Axis
 from .keep import Kept, count
@@ -17,10 +18,6 @@ from .walk import Walk
 aten = torch.ops.aten
 
 GROUPED = ("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default")
-_CONVOLUTIONS = (
-    *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
-    *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),
-)
 _TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
 
 
@@ -51,7 +48,7 @@ def _axes(walk: Walk, node: fx.Node) -> Sequence[Axis] | None:
     args = full_args(node)
     if node.target is aten.linear.default:
         return [*walk[node], walk[args[1]][1]]
-    if node.target in _CONVOLUTIONS:
+    if node.target in CONVOLUTIONS:
         return [*walk[node], *walk[args[1]][1:]]
     if node.target in _TRANSPOSED:
         return [*walk[args[0]], *walk[args[1]][1:]]

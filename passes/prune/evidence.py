@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
-from torch import Tensor
-
+from ..stream import Batches
 from .decide import PruneRule
 from .gradients import Loss, gathered
 from .routed import masses
@@ -16,7 +15,7 @@ from .walk import Walk
 def evidence(
     walk: Walk,
     rules: Sequence[PruneRule],
-    batches: Callable[[], Iterable[Sequence[Tensor]]] | None,
+    batches: Batches | None,
     loss: Loss | None,
 ) -> Evidence:
     """Read off the data only what a rule wants. Raises CalibrationError where data that it wants is missing."""

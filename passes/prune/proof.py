@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from ...runtime.model import flat_outputs
 from ...runtime.ops.require import unchecked
-from ...runtime.program import Program, value_of
+from ...runtime.program import Program, is_float, value_of
 from ...runtime.store import Store
 from ..match import full_args
 from .axes import Atom
@@ -148,8 +148,7 @@ def _creates(node: fx.Node) -> bool:
     takes = {a.name for a in node.target._schema.arguments} if isinstance(node.target, torch._ops.OpOverload) else ()
     if "dtype" not in takes or "self" in takes or node.kwargs.get("dtype") is not None:
         return False
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.is_floating_point()
+    return is_float(node)
 
 
 def _widened(value: Any) -> Any:

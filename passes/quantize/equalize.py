@@ -23,8 +23,8 @@ from ...runtime.errors import CalibrationError
 from ...runtime.plan import Quantize
 from ...runtime.program import Entry, Program, value_of
 from ..match import full_args
+from ..progress import Advance
 from ..stream import Stream
-from ..waiting import Advance
 from .awq import search_scale
 from .gptq import gram
 from .sites import Site, find_sites, readers
@@ -136,10 +136,10 @@ def _foldable(program: Program, x: fx.Node, sites: Sequence[Site], wanted: dict[
         return f"{several[0]} is read by several calls"
     if len({(wanted[s.fqn].method == "awq", wanted[s.fqn].smooth) for s in sites}) > 1:
         return "layers that share the input ask for different things"
-    return source_of(program, x)
+    return scale_source(program, x)
 
 
-def source_of(program: Program, x: fx.Node) -> Source | str:
+def scale_source(program: Program, x: fx.Node) -> Source | str:
     """The tensors that every index of the last dimension of `x` is proportional to, read nowhere else; or why none."""
     size = value_of(x).shape[-1]
     while len(x.args) and isinstance(x.args[0], fx.Node):
@@ -226,7 +226,7 @@ def _places(program: Program, fold: Fold) -> tuple[list[fx.Node], dict[fx.Node, 
         if site.activation is not None:
             inputs.setdefault(site.activation, []).append(site.node)
     whole = len(sites) == len(fold.weights) and len(inputs) == 1
-    if whole and all(len(x.users) == len(inputs[x]) and source_of(program, x) == fold.source for x in inputs):
+    if whole and all(len(x.users) == len(inputs[x]) and scale_source(program, x) == fold.source for x in inputs):
         return [], {}
     sources = {reader: None for name, _ in fold.source.parts for reader in readers(program, name)}
     return list(sources), inputs

@@ -21,8 +21,8 @@ from ...runtime.plan import Plan, Quantize, weight_scale_name, weight_zero_name
 from ...runtime.program import Entry, Program
 from ...runtime.qtensor import QTensor
 from ...runtime.store import Store
+from ..progress import Advance
 from ..stream import Stream
-from ..waiting import Advance
 from .clip import Rounded, clip, output_error
 from .equalize import matrix, required
 from .gptq import gptq, gram
@@ -35,14 +35,14 @@ STAGE = "round"
 ROUNDED = "rounded"
 
 
-def by_data(plan: Plan) -> dict[str, Quantize]:
+def edits_by_data(plan: Plan) -> dict[str, Quantize]:
     """Edits whose codes go by data, by weight."""
     return {edit.fqn: edit for edit in plan.quantizations if edit.method != "nearest"}
 
 
-def rounded(program: Program, plan: Plan, batches: Iterable[Sequence[Tensor]], advance: Advance) -> Program:
+def round_by_data(program: Program, plan: Plan, batches: Iterable[Sequence[Tensor]], advance: Advance) -> Program:
     """Put rounded weights, and their parameters, in place of the plan's weights whose method is not nearest."""
-    edits, masked = by_data(plan), plan.patterns
+    edits, masked = edits_by_data(plan), plan.patterns
     sites = [site for site in find_sites(program) if site.fqn in edits and site.activation is not None]
     for site in sites:
         if site.transposed and len(site.weight.users) == 1:
@@ -79,7 +79,7 @@ def rounded(program: Program, plan: Plan, batches: Iterable[Sequence[Tensor]], a
 def replayed(program: Program, plan: Plan, target: Store) -> Program:
     """In a further variant: the codes that the first one found."""
     sites = {site.fqn: site for site in find_sites(program)}
-    for fqn in by_data(plan):
+    for fqn in edits_by_data(plan):
         packed, site = target.get(fqn), sites.get(fqn)
         if site is not None and isinstance(packed, QTensor):
             _put(program, site, Rounded(packed.dequantize(), packed.params))

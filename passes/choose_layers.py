@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-
-from torch import Tensor
+from collections.abc import Sequence
 
 from ..runtime.errors import CalibrationError, RecipeError
 from ..runtime.plan import DropBlock
 from ..runtime.program import Entry, Program
 from .depth import DepthRule, Row, find_rows, outermost, spread_over
-from .influence import Ranking, rank
-from .waiting import Advance, quiet
+from .progress import Advance, no_progress
+from .rank import Ranking, rank
+from .stream import Batches
 
 STAGE = "drop"
 
-Batches = Callable[[], Iterable[Sequence[Tensor]]]
-
 
 def drops_of(
-    program: Program, rules: Sequence[DepthRule], batches: Batches | None = None, advance: Advance = quiet
+    program: Program, rules: Sequence[DepthRule], batches: Batches | None = None, advance: Advance = no_progress
 ) -> list[DropBlock]:
     """The blocks that go. A rule that measures does so without what the rules before it have dropped.
 

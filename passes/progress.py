@@ -12,11 +12,11 @@ Show = Callable[[str], AbstractContextManager[Advance]]
 """`with show("Ranking layers") as advance: ...`"""
 
 
-def quiet(done: int, total: int) -> None:
+def no_progress(done: int, total: int) -> None:
     """Shows nothing."""
 
 
 @contextmanager
-def unseen(name: str) -> Iterator[Advance]:
+def no_steps(name: str) -> Iterator[Advance]:
     """A `Show` that shows nothing."""
-    yield quiet
+    yield no_progress

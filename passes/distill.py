@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..passes.tokens import IGNORED
 from ..runtime.errors import DistillationError
+from .tokens import IGNORED
 
 HIDDEN = -1e3  # scores below it are masked: models add -1e4, the least number of a dtype, or -inf
 
@@ -51,7 +51,7 @@ def logits_of(output: Any) -> Tensor:
             "the model's output has no logits",
             required="a tensor, or an output with `logits`",
             found=type(output).__name__,
-            cure="compute the loss from both outputs with dwindle.frontends.distill.divergence",
+            cure="compute the loss from both outputs with dwindle.passes.distill.divergence",
         )
     return found
 

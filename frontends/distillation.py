@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..passes.distill import divergence, kept_positions, kept_states, logits_of, scores_apart, states_apart, task_loss
 from ..runtime.errors import DistillationError
 from ..runtime.program import Program
 from ..runtime.store import Store
 from ..runtime.structure import rebuild
-from .distill import divergence, kept_positions, kept_states, logits_of, scores_apart, states_apart, task_loss
+from .distill_settings import PARTS, DistillSettings, StageSettings
 from .inputs import flat_batches
 from .pairs import Pair
 from .tapping import Tapping
 from .teacher import Teacher
-from .teaching import PARTS, DistillSettings, StageSettings
 
 PROJECTIONS = "distillation_projections"
 
@@ -34,7 +34,7 @@ class Compared:
 
 
 @dataclass
-class Lessons:
+class Distillation:
     """A student's teacher, and what of it counts when.
 
     pairs: what is compared within; stages: as the recipe has them; store: the student's, which holds projections
