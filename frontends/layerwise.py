@@ -16,7 +16,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -98,7 +98,7 @@ def distill_layers(
     batches = list(data)
     _require(bool(batches), "data", "at least one batch", "none")
     started = time.perf_counter()
-    program = _eval_variant(student, batches[0])
+    program = _graph_for(student, batches[0])
     require_seen(program, student.plan)
     for _ in flat_batches(program, student.signature, batches):
         pass  # refused here by name, not in some block
@@ -114,12 +114,12 @@ def distill_layers(
         def advance() -> None:
             show(next(turns), total)
 
-        for lesson in found:
-            examples = _examples(stream, lesson, flat)
+        for pair in found:
+            examples = _examples(stream, pair, flat)
             if workers is None:
-                results.learn(lesson, examples, advance)
+                results.learn(pair, examples, advance)
                 continue
-            task = task_of(lesson.part, *results.own(lesson), examples, training)
+            task = task_of(pair.part, *results.own(pair), examples, training)
             del examples
             for done in workers.give(task):
                 results.take(*done)
@@ -127,7 +127,7 @@ def distill_layers(
         for done in workers.rest() if workers else ():
             results.take(*done)
             advance()
-    layers = tuple(results.found[lesson.part.path] for lesson in found)
+    layers = tuple(results.found[pair.part.path] for pair in found)
     return LayerwiseResult(layers, training, len(batches), time.perf_counter() - started, left)
 
 
@@ -139,19 +139,19 @@ class _Results:
         self.found: dict[str, LayerLearned] = {}
         self._kept = student.pacer.pruning.names()  # masks that are learned go by the whole model's loss
         self._gauges = gauges(student.plan, student.store)
-        self._log = student._eval_variant().log
+        self._log = student.eval_variant().log
 
-    def own(self, lesson: BlockPair) -> tuple[list[str], list[str]]:
+    def own(self, pair: BlockPair) -> tuple[list[str], list[str]]:
         """Names of (what is trained, those of them that do not decay)."""
-        own = [name for name in lesson.part.own if name not in self._kept]
+        own = [name for name in pair.part.own if name not in self._kept]
         return own, [name for name in own if name in self._gauges]
 
-    def learn(self, lesson: BlockPair, examples: Sequence[Example], advance: Callable[[], None]) -> None:
+    def learn(self, pair: BlockPair, examples: Sequence[Example], advance: Callable[[], None]) -> None:
         """Here, in the student's own memory."""
-        own, plain = self.own(lesson)
+        own, plain = self.own(pair)
         held = {name: self._parameter(name) for name in own}
-        before, after = learn(lesson.part.module(own), held, examples, self.training, plain, advance)
-        self._note(lesson.part.path, held.values(), before, after)
+        before, after = learn(pair.part.module(own), held, examples, self.training, plain, advance)
+        self._note(pair.part.path, held.values(), before, after)
 
     @torch.no_grad()
     def take(self, path: str, before: float, after: float, tensors: Mapping[str, Tensor]) -> None:
@@ -171,7 +171,7 @@ class _Results:
         return held
 
 
-def _eval_variant(student: Student, batch: Any) -> Program:
+def _graph_for(student: Student, batch: Any) -> Program:
     """The student's graph without dropout: one that a batch has all inputs for, or one captured for it."""
     arguments = as_arguments(student, batch)
     for program in student.variants.values():
@@ -190,11 +190,11 @@ def _asked(teacher: Teacher, student: Student, program: Program, data: Batches) 
     return graph, list(flat_batches(graph, Signature.of(teacher.model), batches))
 
 
-def _examples(stream: Stream, lesson: BlockPair, flat: Sequence[Sequence[Tensor]]) -> list[Example]:
+def _examples(stream: Stream, pair: BlockPair, flat: Sequence[Sequence[Tensor]]) -> list[Example]:
     """What a block is given and what it is to give, for each batch."""
-    given = _values(stream, lesson.given)
-    wanted = _values(stream, lesson.wanted)
-    masks = [None if lesson.mask is None else _kept(tensors[lesson.mask]) for tensors in flat]
+    given = _values(stream, pair.given)
+    wanted = _values(stream, pair.wanted)
+    masks = [None if pair.mask is None else _kept(tensors[pair.mask]) for tensors in flat]
     return [Example(*values) for values in zip(given, wanted, masks, strict=True)]
 
 
@@ -222,11 +222,11 @@ def _require(holds: bool, what: str, required: str, found: object) -> None:
 
 
 def training_of(base: Training, **given: Any) -> Training:
-    """`base` with what is given and not None. Raises DistillationError for steps, lr or decay that cannot be."""
-    found = Training(**{**vars(base), **{name: value for name, value in given.items() if value is not None}})
+    """`base` with what is given and not None. Raises DistillationError for steps, lr or weight_decay that cannot be."""
+    found = replace(base, **{name: value for name, value in given.items() if value is not None})
     _require(isinstance(found.steps, int) and found.steps >= 1, "steps", "a whole number, at least 1", found.steps)
     _require(found.lr > 0, "lr", "a learning rate above 0", found.lr)
-    _require(found.decay >= 0, "weight_decay", "0 or more", found.decay)
+    _require(found.weight_decay >= 0, "weight_decay", "0 or more", found.weight_decay)
     return found
 
 

@@ -135,7 +135,7 @@ class LayerwiseSettings(Strict):
 
     def training(self) -> Training:
         """As the pass takes it."""
-        return Training(steps=self.steps, lr=self.lr, decay=self.weight_decay, seed=self.seed)
+        return Training(steps=self.steps, lr=self.lr, weight_decay=self.weight_decay, seed=self.seed)
 
 
 class WeightSettings(Strict):

@@ -175,7 +175,7 @@ class Student(Tapping):
         do not have the same blocks, CalibrationError for batches that do not fit.
         """
         base = (self.recipe.layerwise or LayerwiseSettings()).training()
-        training = training_of(base, steps=steps, lr=lr, decay=weight_decay, seed=seed)
+        training = training_of(base, steps=steps, lr=lr, weight_decay=weight_decay, seed=seed)
         with own_state():
             known = self.distillation.teacher if self.distillation is not None else None
             asked = known if teacher is None else Teacher(teacher)
@@ -296,7 +296,7 @@ class Student(Tapping):
             self.pacer.require_end()
         self.course.require_shown()
         self.pacer.pruning.require_learned()
-        plan, trained = self._plan(), self._eval_variant()
+        plan, trained = self._plan(), self.eval_variant()
         tensors = verification_inputs(trained, self.signature, self.example)
         cuts = plan if self.pacer.pruning.courses else None
         simulated = trained if cuts is None else self._recapture(self, False, self.example, cuts)
@@ -351,7 +351,8 @@ class Student(Tapping):
         taught = set() if self.distillation is None else self.distillation.names()
         return gauges(self.plan, self.store) | self.pacer.pruning.names() | taught
 
-    def _eval_variant(self) -> Program:
+    def eval_variant(self) -> Program:
+        """A graph without dropout."""
         return next(p for p in self.variants.values() if not p.contract.training)
 
 

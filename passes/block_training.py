@@ -27,11 +27,11 @@ _NARROW = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How a block is trained. decay: AdamW's of weights; seed: of the order of examples"""
+    """How a block is trained. weight_decay: AdamW's, of weights alone; seed: of the order of examples"""
 
     steps: int = 100
     lr: float = 5e-6
-    decay: float = 0.01
+    weight_decay: float = 0.01
     seed: int = 0
 
 
@@ -82,7 +82,7 @@ def learn(
     decayed = [p.dim() > 1 and name not in plain for name, p in parameters.items()]
     groups = [
         {"params": [m for m, d in zip(masters, decayed, strict=True) if d is wanted], "weight_decay": decay}
-        for wanted, decay in ((True, training.decay), (False, 0.0))
+        for wanted, decay in ((True, training.weight_decay), (False, 0.0))
     ]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=training.lr)
     for example in _in_turn(examples, training):

@@ -15,7 +15,6 @@ parameters others read too. Of what a block gives, values that have no input's s
 
 from __future__ import annotations
 
-import difflib
 import operator
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from ..runtime.errors import DistillationError
+from ..runtime.errors import DistillationError, nearest
 from ..runtime.plan import DropBlock
 from ..runtime.program import Program, escapes, is_float, source_of, value_of, writes
 from ..runtime.store import Store
@@ -111,8 +110,8 @@ class Cutter:
         return Subgraph(
             self.program,
             block.path,
-            self._ordered(taken),
-            self._ordered(inputs),
+            self.ordered(taken),
+            self.ordered(inputs),
             tuple(outputs),
             tuple(own),
             self._reason(block, inside, inputs, outputs, own),
@@ -208,7 +207,8 @@ class Cutter:
                 return f"it writes {base.name} in place"
         return "" if own else "others read all of its parameters, or it has none that are trained"
 
-    def _ordered(self, nodes: Collection[fx.Node]) -> tuple[fx.Node, ...]:
+    def ordered(self, nodes: Collection[fx.Node]) -> tuple[fx.Node, ...]:
+        """In graph order."""
         return tuple(sorted(nodes, key=self.place.__getitem__))
 
 
@@ -240,7 +240,7 @@ def pair_blocks(
         if part.reason:
             left[block.path] = part.reason
             continue
-        given = theirs._ordered({stands.get(node, node) for node in model.inputs})
+        given = theirs.ordered({stands.get(node, node) for node in model.inputs})
         for what, mine, other in (("takes", part.inputs, given), ("gives", part.outputs, model.outputs)):
             _require_alike(f"{block.path} {what}", mine, other)
         found.append(BlockPair(part, given, model.outputs, _mask(teacher, block.path, model.outputs)))
@@ -281,8 +281,7 @@ def _require_same(row: Row, known: Collection[str], gone: Collection[str]) -> No
     own = [path for path in known if path.rpartition(".")[0] == row.path and path not in gone]
     wanted = [block.path for block in row.blocks if block.path not in gone]
     if not own:
-        rows = list(dict.fromkeys(path.rpartition(".")[0] for path in known))
-        near = difflib.get_close_matches(row.path, rows, n=3, cutoff=0.3) or rows[:3]
+        near = nearest(row.path, dict.fromkeys(path.rpartition(".")[0] for path in known))
         raise DistillationError(
             "the student has no blocks where the teacher has some",
             required=f"blocks of {row}",

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, fx
-from torch.nn import functional as F
 
 from ..runtime.errors import CalibrationError
 from ..runtime.program import Program, is_float
 from .depth import Measure
+from .distill import divergences
 from .outputs import given, names
-from .tokens import IGNORED, mask_of, tokens
+from .tokens import counted, mask_of, tokens
 
 Sums = tuple[float, float]
 """What is added up over batches, and what it is divided by."""
@@ -72,14 +72,10 @@ class Change:
         return error, norm
 
     def _divergence(self, batch: Sequence[Tensor], before: Tensor, after: Tensor) -> Sums:
-        labels = None if self._labels is None else batch[self._labels]
-        kept: Tensor | None = None
-        if labels is not None and labels.shape == before.shape[:-1] and not labels.is_floating_point():
-            kept = labels != IGNORED
-        elif self._masks[0] is not None:
-            kept = batch[self._masks[0]]
-        p, q = (F.log_softmax(tokens(t, kept).float(), -1) for t in (before, after))  # (tokens, C)
-        return float(F.kl_div(q, p, reduction="none", log_target=True).sum(dtype=torch.float64)), float(len(p))
+        labels, mask = (None if place is None else batch[place] for place in (self._labels, self._masks[0]))
+        kept = counted(before.shape[:-1], labels, mask)
+        each = divergences(tokens(after, kept), tokens(before, kept))  # (tokens,)
+        return float(each.sum(dtype=torch.float64)), float(len(each))
 
     def of(self, sums: Sequence[Sums]) -> float:
         """The measure over all batches; infinite where something is no longer finite."""

@@ -14,12 +14,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..runtime.errors import DistillationError
-from .tokens import IGNORED
+from .tokens import counted
 
 HIDDEN = -1e3  # scores below it are masked: models add -1e4, the least number of a dtype, or -inf
 
@@ -36,9 +35,13 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0, kept:
             required=f"logits of shape {tuple(student.shape)} from the teacher",
             found=tuple(teacher.shape),
         )
+    return _mean(divergences(student, teacher, temperature), kept)
+
+
+def divergences(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """T^2 KL(teacher || student) of each position: logits (..., C) to fp32 (...). The teacher's have no gradient."""
     s, t = (F.log_softmax(x.float() / temperature, -1) for x in (student, teacher.detach()))
-    each = F.kl_div(s, t, reduction="none", log_target=True).sum(-1) * temperature**2  # (...)
-    return _mean(each, kept)
+    return F.kl_div(s, t, reduction="none", log_target=True).sum(-1) * temperature**2
 
 
 def logits_of(output: Any) -> Tensor:
@@ -58,12 +61,7 @@ def logits_of(output: Any) -> Tensor:
 
 def kept_positions(logits: Tensor, batch: Mapping[str, Any]) -> Tensor | None:
     """Which positions (...) of logits (..., C) count: those with labels, or else those that are not padding."""
-    labels, mask = batch.get("labels"), batch.get("attention_mask")
-    if isinstance(labels, Tensor) and labels.shape == logits.shape[:-1] and not labels.is_floating_point():
-        return labels != IGNORED
-    if isinstance(mask, Tensor) and mask.shape == logits.shape[:-1]:
-        return mask != 0
-    return None
+    return counted(logits.shape[:-1], batch.get("labels"), batch.get("attention_mask"))
 
 
 def kept_states(shape: Sequence[int], batch: Mapping[str, Any], decodes: bool = False) -> Tensor | None:
@@ -71,13 +69,10 @@ def kept_states(shape: Sequence[int], batch: Mapping[str, Any], decodes: bool = 
 
     decodes: of a decoder beside an encoder, whose mask is one of its own, or labels are
     """
-    mask = batch.get("decoder_attention_mask" if decodes else "attention_mask")
-    if isinstance(mask, Tensor) and mask.shape == torch.Size(shape):
-        return mask != 0
-    labels = batch.get("labels")
-    if decodes and isinstance(labels, Tensor) and labels.shape == torch.Size(shape):
-        return labels != IGNORED
-    return None
+    if not decodes:
+        return counted(shape, None, batch.get("attention_mask"))
+    masked = counted(shape, None, batch.get("decoder_attention_mask"))
+    return counted(shape, batch.get("labels"), None) if masked is None else masked
 
 
 def states_apart(student: Tensor, teacher: Tensor, loss: str = "mse", kept: Tensor | None = None) -> Tensor:

@@ -19,6 +19,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, fx
 
+from ..runtime.errors import CalibrationError
 from ..runtime.program import Program
 
 Batch = Sequence[Tensor]
@@ -26,6 +27,19 @@ Batch = Sequence[Tensor]
 
 Batches = Callable[[], Iterable[Batch]]
 """Asked for where something needs them; raises CalibrationError where there are none."""
+
+
+def require_batches(batches: Iterable[Batch]) -> list[Batch]:
+    """The batches, at least one. Raises CalibrationError."""
+    found = list(batches)
+    if not found:
+        raise CalibrationError(
+            "calibration data is empty",
+            required="at least one batch",
+            found="none",
+            cure="pass data=[batch, ...], or a recipe that needs none",
+        )
+    return found
 
 
 class Stream:

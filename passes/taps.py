@@ -10,7 +10,6 @@ Where attention is one fused call, its scores are computed once more beside it. 
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import torch
 from torch import fx
 
 from ..runtime import compat
-from ..runtime.errors import DistillationError
+from ..runtime.errors import DistillationError, nearest
 from ..runtime.program import Program, is_float, value_of
 from .depth import Block, Row, find_rows, outermost
 from .match import full_args
@@ -92,7 +91,7 @@ def _node(program: Program, rows: Sequence[Row], tap: Tap) -> fx.Node:
 
 
 def _not_there(tap: Tap, known: Sequence[str]) -> DistillationError:
-    near = difflib.get_close_matches(tap.path, known, n=3, cutoff=0.3) or known[:3]
+    near = nearest(tap.path, known)
     return DistillationError(
         f"nothing to tap: {tap}",
         required="a place in the graph",

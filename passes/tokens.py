@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, fx
 
 from ..runtime.program import Program, value_of
@@ -25,6 +28,18 @@ def mask_of(program: Program, value: fx.Node, *, decodes: bool) -> int | None:
         fits = len(spec.shape) == 2 and [str(n) for n in value_of(node).shape] == [str(n) for n in sizes[:2]]
         if spec.name.endswith(MASK) and fits and (not both or ("decoder" in spec.name) == decodes):
             return place
+    return None
+
+
+def counted(shape: Sequence[int], labels: object, mask: object) -> Tensor | None:
+    """Which positions of `shape` count: those with labels, or else those that are no padding; None for all of them.
+
+    labels: integers; mask: zero at padding; either is passed over where its shape is another
+    """
+    if isinstance(labels, Tensor) and labels.shape == torch.Size(shape) and not labels.is_floating_point():
+        return labels != IGNORED
+    if isinstance(mask, Tensor) and mask.shape == torch.Size(shape):
+        return mask != 0
     return None
 
 

@@ -5,6 +5,9 @@ An error names all three where they exist, in that order, so that its text alone
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class DwindleError(Exception):
     """Base of all errors raised by dwindle on purpose."""
@@ -78,3 +81,9 @@ class ScheduleError(DwindleError):
 
 class DistillationError(DwindleError):
     """A student and a teacher whose outputs cannot be compared."""
+
+
+def nearest(name: str, known: Iterable[str]) -> list[str]:
+    """Up to three of the known names: those like `name`, or else the first."""
+    names = list(known)
+    return difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names[:3]

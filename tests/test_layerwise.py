@@ -186,7 +186,7 @@ def test_half_precision_is_trained_on_copies_in_full() -> None:
     """A step of 1e-5 is less than half the last bit of .5 in bfloat16; a hundred of them are not."""
     weight = nn.Parameter(torch.full((), 0.5, dtype=torch.bfloat16))
     example = Example((), (torch.zeros((), dtype=torch.bfloat16),))
-    learn(lambda: (weight * 1,), {"weight": weight}, [example], Training(steps=400, lr=1e-5, decay=0))
+    learn(lambda: (weight * 1,), {"weight": weight}, [example], Training(steps=400, lr=1e-5, weight_decay=0))
     assert float(weight.detach()) == pytest.approx(0.496, abs=2e-3)
     assert float(weight.detach()) < 0.5
 

@@ -56,11 +56,6 @@ class Site:
         return max((group.start_bits if falling else group.target_bits for group in self.weights.groups), default=16)
 
     @property
-    def fewest_bits(self) -> int:
-        """Of all groups of weight_quantization; 16 where there is none."""
-        return min((group.target_bits for group in self.weights.groups), default=16)
-
-    @property
     def training(self) -> QuantizeTraining:
         """The section, for keys of quantize_training."""
         assert self.config.legacy is not None

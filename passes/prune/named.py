@@ -12,7 +12,6 @@ and used for nothing else.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import fx
 
-from ...runtime.errors import RecipeError
+from ...runtime.errors import RecipeError, nearest
 from ..quantize.decide import names_of, require_free
 from ..selection import selected_by
 from .groups import Group
@@ -173,7 +172,7 @@ def _searched(pattern: str, known: Collection[str]) -> list[str]:
     """The modules that a regular expression is found in. Raises RecipeError where there is none."""
     found = [path for path in known if re.search(pattern, path)]
     if not found:
-        near = difflib.get_close_matches(pattern.strip("*."), list(known), n=3, cutoff=0.3) or list(known)[:3]
+        near = nearest(pattern.strip("*."), known)
         raise RecipeError(
             f"the pruning rule for modules {pattern!r} matches nothing",
             required=f"a pattern over the {len(known)} modules that may be meant",

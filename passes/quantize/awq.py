@@ -1,7 +1,7 @@
 """AWQ: scales inputs up where they are large, so that rounding their weights errs less.
 
     Q(W diag(s)) (diag(s)^-1 X)        s = s_X^alpha,  s_X the mean of |x| of each input
-    alpha*  minimises |W X - Q(W diag(s)) diag(s)^-1 X|^2 over a grid of [0, 1]; alpha = 0 is s = 1
+    alpha*  minimises |W X - Q(W diag(s)) diag(s)^-1 X|^2 over a grid of [0, 1); alpha = 0 is s = 1
 
 Lin et al. 2023 (arXiv 2306.00978), equations 4 and 5; s is divided by sqrt(max s min s), as their code does. The error
 is tr(D H D^T) with H = X X^T of all calibration data. Afterwards ranges are clipped, see `clip`.

@@ -6,7 +6,6 @@ with the most bits that its calls were given, or none if one of them must stay f
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import re
 from collections import defaultdict
@@ -15,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ...runtime.errors import RecipeError, SchemeError
+from ...runtime.errors import RecipeError, SchemeError, nearest
 from ...runtime.numerics import scale_shape
 from ...runtime.plan import Quantize, WeightMethod
 from ...runtime.program import Entry, Program
@@ -127,7 +126,7 @@ def _require_matches(model: Reading, rules: Sequence[QuantizeRule]) -> None:
                 chosen[rule.section, name] = pattern
             if pattern == "*" or matched or rule.optional:
                 continue
-            near = difflib.get_close_matches(pattern.strip("*."), known, n=3, cutoff=0.3) or known[:3]
+            near = nearest(pattern.strip("*."), known)
             raise RecipeError(
                 f"the rule for modules {pattern!r} matches nothing",
                 required=f"a {of} over the {len(known)} modules with {' or '.join(rule.operators)}",

@@ -24,10 +24,10 @@ from ...runtime.plan import Quantize
 from ...runtime.program import Entry, Program, value_of
 from ..match import full_args
 from ..progress import Advance
-from ..stream import Stream
+from ..stream import Stream, require_batches
 from .awq import search_scale
 from .gptq import gram
-from .sites import Site, find_sites, readers
+from .sites import Site, find_sites, matrix, readers
 from .smooth import smoothing
 
 aten = torch.ops.aten
@@ -53,26 +53,6 @@ class Fold:
     scale: Tensor
 
 
-def required(batches: Iterable[Sequence[Tensor]]) -> list[Sequence[Tensor]]:
-    """The batches, at least one. Raises CalibrationError."""
-    found = list(batches)
-    if not found:
-        raise CalibrationError(
-            "calibration data is empty",
-            required="at least one batch",
-            found="none",
-            cure="pass data=[batch, ...], or method 'nearest' and no smooth",
-        )
-    return found
-
-
-def matrix(program: Program, site: Site) -> Tensor:
-    """A linear layer's weight as (N, K)."""
-    weight = program.store.get(site.fqn)
-    assert isinstance(weight, Tensor)
-    return weight.detach().t() if site.transposed else weight.detach()
-
-
 def find_folds(
     program: Program, edits: Sequence[Quantize], batches: Iterable[Sequence[Tensor]], advance: Advance
 ) -> tuple[Fold, ...]:
@@ -91,7 +71,7 @@ def find_folds(
             where = ", ".join(site.fqn for site in sites)
             program.log.append(Entry(stage=STAGE, rule="equalize.fold", where=where, applied=False, reason=found))
     folds = []
-    with Stream(program, required(batches) if chosen else []) as stream:
+    with Stream(program, require_batches(batches) if chosen else []) as stream:
         for done, (x, sites, source) in enumerate(chosen, 1):
             own = [wanted[site.fqn] for site in sites]
             scale, reason = _scale(program, sites, own, stream.values(x))

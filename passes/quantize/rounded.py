@@ -22,11 +22,10 @@ from ...runtime.program import Entry, Program
 from ...runtime.qtensor import QTensor
 from ...runtime.store import Store
 from ..progress import Advance
-from ..stream import Stream
+from ..stream import Stream, require_batches
 from .clip import Rounded, clip, output_error
-from .equalize import matrix, required
 from .gptq import gptq, gram
-from .sites import Site, find_sites
+from .sites import Site, find_sites, matrix
 
 aten = torch.ops.aten
 STAGE = "round"
@@ -50,7 +49,7 @@ def round_by_data(program: Program, plan: Plan, batches: Iterable[Sequence[Tenso
     left, waiting = Counter(site.fqn for site in sites), Counter(site.activation for site in sites)
     shared: dict[fx.Node, Tensor] = {}
     sums: dict[str, Tensor] = {}
-    with Stream(program, required(batches)) as stream:
+    with Stream(program, require_batches(batches)) as stream:
         for done, site in enumerate(sites, 1):
             x = site.activation
             assert x is not None

@@ -9,7 +9,7 @@ from itertools import count
 from operator import getitem
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ...runtime import compat
 from ...runtime.program import Entry, Program, value_of
@@ -18,7 +18,6 @@ from ..depth import PRODUCTS
 
 aten = torch.ops.aten
 
-OPERATORS = ("linear", "embedding", "conv1d", "conv2d")
 
 # On the product of a stored weight and a mask: what reads it reads the weight.
 MASKED = "dwindle_masked"
@@ -197,3 +196,10 @@ def _site(program: Program, node: fx.Node) -> Site | None:
 
 def _is_transpose(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in (aten.t.default, aten.numpy_T.default)
+
+
+def matrix(program: Program, site: Site) -> Tensor:
+    """A linear layer's weight as (N, K)."""
+    weight = program.store.get(site.fqn)
+    assert isinstance(weight, Tensor)
+    return weight.detach().t() if site.transposed else weight.detach()
