@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -124,7 +125,8 @@ def proof_inputs(program: Program, tensors: Sequence[Tensor]) -> list[list[Tenso
 
 def forwarded(model: nn.Module) -> dict[str, Any]:
     """The attributes of `model` that a graph model answers for it."""
-    return own_dtype(model) | {name: getattr(model, name) for name in FORWARDED if hasattr(model, name)}
+    # Copies: what is written into a student's config, as transformers' Trainer does, is not the caller's.
+    return own_dtype(model) | {name: copy.deepcopy(getattr(model, name)) for name in FORWARDED if hasattr(model, name)}
 
 
 def own_dtype(model: nn.Module) -> dict[str, str]:

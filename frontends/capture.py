@@ -31,6 +31,7 @@ from ..runtime.program import Program, writes
 from ..runtime.store import Store
 from ..runtime.structure import describe, flatten
 from .branches import Branches, user_frame
+from .modes import in_mode
 from .sizes import eager, proved
 
 DynamicShapes = Mapping[str, Mapping[int, str]]
@@ -136,18 +137,6 @@ def _recording() -> Iterator[None]:
         tracing.silent(),
     ):
         yield
-
-
-@contextlib.contextmanager
-def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """All of `model` in one mode; every module's own flag is put back."""
-    flags = {module: module.training for module in model.modules()}
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
 
 
 @contextlib.contextmanager

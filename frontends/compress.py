@@ -30,7 +30,7 @@ from .assemble import (
 )
 from .calibration import calibration_batches, require_data
 from .capture import DynamicShapes, capture
-from .inputs import as_arguments
+from .inputs import as_arguments, refuse_one_batch
 from .measure import measure
 from .prepare import prepare
 from .progress import late
@@ -66,6 +66,7 @@ def compress(
     if recipe.layerwise is None:
         return _in_one_go(model, recipe, inputs, data, dynamic_shapes, quiet)
     require_data(recipe, data, "data=[batch, ...]")
+    refuse_one_batch(data or ())
     batches = list(data or ())
     student = prepare(
         model, recipe, inputs=inputs, teacher=model, data=batches, dynamic_shapes=dynamic_shapes, quiet=quiet

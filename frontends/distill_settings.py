@@ -104,7 +104,31 @@ class DistillSettings(Strict):
         return bool(self.hidden or self.scores or self.taps)
 
     def staged(self, total_steps: int | None) -> tuple[StageSettings, ...]:
-        """The stages with their ends. Raises RecipeError for a number of them without `total_steps`."""
+        """The stages with their ends.
+
+        Raises RecipeError for a number of them without `total_steps`, for an end after those, and for a stage in which
+        nothing counts.
+        """
+        stages = self._divided(total_steps)
+        ends = [stage.until for stage in stages if stage.until is not None]
+        late = [end for end in (*ends, self.kd_until or 0) if total_steps is not None and end >= total_steps]
+        if late:
+            raise RecipeError(
+                "distillation has a part that would never begin",
+                required=f"stages that end, and a kd_until, before total_steps={total_steps}",
+                found=late[0],
+                cure="leave it out, or train for longer",
+            )
+        if not all(any(self._counts(stage, self.kd_weight).values()) for stage in stages):
+            raise RecipeError(
+                "distillation has a stage in which nothing counts",
+                required=f"a weight above 0 for one of {', '.join(PARTS)}",
+                found="; ".join(str(self._counts(stage, self.kd_weight)) for stage in stages),
+                cure="give hidden, scores or taps for what is learned within, or logits, or task",
+            )
+        return stages
+
+    def _divided(self, total_steps: int | None) -> tuple[StageSettings, ...]:
         if not isinstance(self.stages, int):
             return self.stages
         if self.stages == 1:
@@ -125,7 +149,9 @@ class DistillSettings(Strict):
     def weights(self, step: int, stages: tuple[StageSettings, ...]) -> dict[str, float]:
         """What each part counts for at optimizer step `step`, from 0."""
         stage = next(s for s in stages if s.until is None or step < s.until)
-        kd = 0.0 if self.kd_until is not None and step >= self.kd_until else self.kd_weight
+        return self._counts(stage, 0.0 if self.kd_until is not None and step >= self.kd_until else self.kd_weight)
+
+    def _counts(self, stage: StageSettings, kd: float) -> dict[str, float]:
         return {
             "task": self.task * stage.task if kd else self.task,
             "logits": kd * self.logits * stage.logits,

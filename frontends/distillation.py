@@ -67,6 +67,13 @@ class Distillation:
     def total(self, compared: Compared, batch: Mapping[str, Any], weights: Mapping[str, float]) -> Tensor:
         """What was compared, weighed and summed."""
         terms, own = list[Tensor](), task_loss(compared.output)
+        if own is None and self.settings.kd_until is not None:
+            raise DistillationError(
+                f"from step {self.settings.kd_until} on the task's loss is alone",
+                required="labels in every batch, of a model that computes its loss",
+                found=", ".join(batch),
+                cure="give labels, or leave kd_until out",
+            )
         if own is not None and weights["task"] > 0:
             terms.append(weights["task"] * own)
         if weights["logits"] > 0:
@@ -80,6 +87,7 @@ class Distillation:
                 "nothing of the loss counts for this batch",
                 required="labels in the batch of a model that computes its loss, or a part of the teacher's",
                 found=", ".join(f"{part} {weights[part]:g}" for part in PARTS),
+                cure="give labels, or a weight to logits, hidden, scores or taps",
             )
         return torch.stack([term.float() for term in terms]).sum() if len(terms) > 1 else terms[0]
 

@@ -135,8 +135,20 @@ def flat_batches(program: Program, signature: Signature, data: Iterable[Any]) ->
         yield tensors
 
 
+def refuse_one_batch(data: Iterable[Any]) -> None:
+    """Raise CalibrationError for one batch in place of several: its names, or rows, would be taken for batches."""
+    if isinstance(data, Tensor) or _has_names(data):
+        raise CalibrationError(
+            "data is one batch",
+            required="an iterable of batches, such as a list or a DataLoader",
+            found=type(data).__name__,
+            cure="data=[batch]",
+        )
+
+
 def _taken(data: Iterable[Any]) -> Iterator[Any]:
     """The batches; what goes wrong while they are made is said to be the data's, not a pass's."""
+    refuse_one_batch(data)
     try:
         yield from data
     except DwindleError:

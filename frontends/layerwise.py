@@ -30,7 +30,7 @@ from ..runtime.contract import Signature
 from ..runtime.errors import DistillationError
 from ..runtime.program import Entry, Program
 from ..runtime.structure import flatten
-from .inputs import as_arguments, example_inputs, flat_batches
+from .inputs import as_arguments, example_inputs, flat_batches, refuse_one_batch
 from .progress import late
 from .teacher import Teacher
 from .workers import Workers, task_of
@@ -95,6 +95,7 @@ def distill_layers(
             cure="prepare(model, ..., teacher=model), or distill_layers(..., teacher=model)",
         )
     student.course.require_settled("distil layers when every schedule is over, or give a recipe without one")
+    refuse_one_batch(data)
     batches = list(data)
     _require(bool(batches), "data", "at least one batch", "none")
     started = time.perf_counter()

@@ -12,7 +12,7 @@ from ..runtime.compressed import Compressed
 from ..runtime.contract import Contract
 from ..runtime.own_state import own_state
 from ..runtime.structure import flatten, rebuild
-from .capture import in_mode
+from .modes import in_mode
 from .timing import in_turns, machine, quantile, resized
 
 BATCHES = (1, 8)

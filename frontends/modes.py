@@ -1,4 +1,4 @@
-"""Modes of a model for a while."""
+"""A model that is asked for a while, and is afterwards as it was."""
 
 from __future__ import annotations
 
@@ -10,14 +10,28 @@ from torch import nn
 
 
 @contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """All of `model` in one mode; every module's own flag is put back, and what forward writes into its config."""
+    flags = {module: module.training for module in model.modules()}
+    config = getattr(model, "config", None)
+    held = vars(config) if hasattr(config, "__dict__") else {}
+    before = dict(held)
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+        held.clear()  # transformers writes a problem_type where there are labels
+        held.update(before)
+
+
+@contextmanager
 def evaluating(model: object) -> Iterator[None]:
-    """No gradients inside; a module is in eval mode there, and afterwards each of its parts in the mode it had."""
-    parts = [(part, part.training) for part in model.modules()] if isinstance(model, nn.Module) else []
+    """No gradients inside; a module is in eval mode there, and afterwards as it was."""
     with torch.no_grad():
-        if isinstance(model, nn.Module):
-            model.eval()
-        try:
+        if not isinstance(model, nn.Module):
             yield
-        finally:
-            for part, training in parts:
-                part.training = training
+            return
+        with in_mode(model, False):
+            yield

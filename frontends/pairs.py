@@ -71,6 +71,21 @@ def _rows(student: Program, gone: Sequence[str], teacher: Program, row: str | No
         match = named or ending or (its if len(its) == len(mine) == 1 else [])
         if len(match) == 1 and all(len(r.blocks) > 1 or r.blocks[0].instead for r in (own, match[0])):
             found.append((own, match[0]))
+    if not its:
+        raise DistillationError(
+            "the teacher has no blocks to learn from",
+            required='repeated blocks, with names such as "encoder.layer.3"',
+            found="none in its graph; a model that was saved and loaded keeps no names of modules",
+            cure="give the model itself as the teacher, or leave hidden and scores out: logits need no blocks",
+        )
+    reasons = {block.path: block.reason for r in (*mine, *its) for block in r.blocks if block.reason}
+    if not found and reasons:
+        raise DistillationError(
+            "no blocks of the student can be compared with the teacher's",
+            required="blocks that give on what they are given, in the same shape, and are called once",
+            found="; ".join(f"{path}: {reason}" for path, reason in list(reasons.items())[:3]),
+            cure="leave hidden and scores out: logits need no blocks; or name modules of both: taps: [...]",
+        )
     if not found:
         raise DistillationError(
             "no blocks of the student are the teacher's" if row is None else f"the student has no blocks at {row!r}",

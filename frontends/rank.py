@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -17,13 +17,13 @@ from ..passes.choose_layers import row_of
 from ..passes.depth import By, Measure, Row, find_rows
 from ..passes.rank import Ranked, Ranking, rank
 from ..runtime.contract import Signature
-from ..runtime.errors import CalibrationError, RecipeError
+from ..runtime.errors import CalibrationError, RecipeError, nearest
 from ..runtime.own_state import own_state
 from ..runtime.report import Printed
 from ..runtime.store import Store
 from .assemble import require_original
 from .capture import DynamicShapes, capture
-from .inputs import as_arguments, flat_batches
+from .inputs import as_arguments, flat_batches, refuse_one_batch
 from .progress import late
 
 SPOKEN = {
@@ -118,7 +118,9 @@ def rank_layers(
     CaptureError.
     """
     require_original(model)
-    _require_sense(by, keep, max_change)
+    _require_sense(by, measure, keep, max_change)
+    if data is not None:
+        refuse_one_batch(data)
     batches = None if data is None else list(data)
     if not batches:
         raise CalibrationError(
@@ -140,10 +142,11 @@ def rank_layers(
     return LayerRanking(tuple(found))
 
 
-def _require_sense(by: By, keep: int, max_change: float | None) -> None:
-    ways = ("influence", "change", "greedy")
-    if by not in ways:
-        raise RecipeError("layers are ranked by", required=" or ".join(ways), found=repr(by))
+def _require_sense(by: By, measure: Measure, keep: int, max_change: float | None) -> None:
+    for name, known, chosen in (("by", get_args(By), by), ("measure", get_args(Measure), measure)):
+        if chosen not in known:
+            cure = f"{name}={nearest(str(chosen), known)[0]!r}"
+            raise RecipeError(f"no such {name} to rank layers", required=" or ".join(known), found=chosen, cure=cure)
     if keep < 1 or ((keep > 1 or max_change is not None) and by != "greedy"):
         raise RecipeError(
             "where a ranking ends",

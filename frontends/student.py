@@ -34,7 +34,7 @@ from ..runtime.program import Entry, Program
 from ..runtime.store import Store
 from .assemble import finish, own_dtype, replayed, verification_inputs
 from .curvature import CurvatureTable
-from .distill_settings import PARTS
+from .distill_settings import PARTS, DistillSettings
 from .distillation import Compared, Distillation
 from .forecast import Forecast, forecast
 from .inputs import as_arguments
@@ -44,7 +44,7 @@ from .pacing import Change, Closure, Pacer, really_stepped
 from .recipe import Recipe
 from .settings import LayerwiseSettings
 from .tapping import Tapping
-from .teacher import Teacher
+from .teacher import Teacher, require_vocabulary
 from .watch import Watch
 
 # (the student, training, arguments, plan) -> the variant masked, or with the cuts of a plan made
@@ -130,6 +130,7 @@ class Student(Tapping):
         if self.distillation is not None:
             found = self.distillation.loss(self, call, arguments, self.pacer.course.step)
         else:
+            self._require_taught()
             own = task_loss(call(**arguments))
             if own is None:
                 raise DistillationError(
@@ -141,6 +142,16 @@ class Student(Tapping):
         if self.training:
             self._remember(found, lambda: self.loss(batch))
         return found
+
+    def _require_taught(self) -> None:
+        """A recipe that says what a teacher counts for is not trained without one by mistake."""
+        if self.recipe.distill != DistillSettings():
+            raise DistillationError(
+                "the recipe learns from a teacher",
+                required="a teacher, for what its distill says",
+                found="none",
+                cure="prepare(model, ..., teacher=model), or a recipe without distill",
+            )
 
     def compare(self, batch: Any, *, model: Callable[..., Any] | None = None) -> Compared:
         """Both outputs for a batch and what was seen within: for a loss of one's own in place of `loss`.
@@ -178,6 +189,8 @@ class Student(Tapping):
         training = training_of(base, steps=steps, lr=lr, weight_decay=weight_decay, seed=seed)
         with own_state():
             known = self.distillation.teacher if self.distillation is not None else None
+            if teacher is not None:
+                require_vocabulary(self, teacher)
             asked = known if teacher is None else Teacher(teacher)
             return distill_layers(self, data, asked, training, processes, quiet)
 

@@ -9,6 +9,7 @@ copies in fp32: at such learning rates a step is less than their last bit.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,9 +74,35 @@ def learn(
     """Train `parameters`, which `block` reads, in place: (mean error before, after). Their gradients stay as they were.
 
     plain: names of those without decay besides biases and norms; advance: called after each step
-    Raises DistillationError where the error is no number.
+    Raises DistillationError where the error is no number; they are then as they were.
     """
     before = _finite(mean_missed(block, examples), "before the first step")
+    with _put_back(list(parameters.values())):
+        _train(block, parameters, examples, training, plain, advance)
+        return before, _finite(mean_missed(block, examples), f"after {training.steps} steps")
+
+
+@contextlib.contextmanager
+@torch.no_grad()
+def _put_back(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """What fails within leaves them as they were."""
+    copies = [p.detach().clone() for p in parameters]
+    try:
+        yield
+    except BaseException:
+        for p, copy in zip(parameters, copies, strict=True):
+            p.copy_(copy)
+        raise
+
+
+def _train(
+    block: Call,
+    parameters: Mapping[str, nn.Parameter],
+    examples: Sequence[Example],
+    training: Training,
+    plain: Sequence[str],
+    advance: Callable[[], None],
+) -> None:
     held = list(parameters.values())
     # Of those that are wide enough the very same memory.
     masters = [p.detach().float() if p.dtype in _NARROW else p.detach() for p in held]
@@ -96,7 +123,6 @@ def learn(
                 if p.dtype in _NARROW:
                     p.copy_(master)
         advance()
-    return before, _finite(mean_missed(block, examples), f"after {training.steps} steps")
 
 
 def _in_turn(examples: Sequence[Example], training: Training) -> Iterator[Example]:

@@ -303,8 +303,8 @@ def _require_alike(what: str, mine: Sequence[fx.Node], other: Sequence[fx.Node])
     if len(mine) != len(other) or not all(_fits(a, b) for a, b in pairs):
         raise DistillationError(
             f"the student's block {what} something else than the teacher's",
-            required=", ".join(_spoken(n) for n in other),
-            found=", ".join(_spoken(n) for n in mine),
+            required=_spoken(other),
+            found=_spoken(mine),
             cure="give a teacher of the same architecture and width, such as the model that the student was made of",
         )
 
@@ -317,9 +317,10 @@ def _fits(a: object, b: object) -> bool:
     return a.dtype == b.dtype and a.dim() == b.dim() and all(m == n for m, n in fixed)
 
 
-def _spoken(node: fx.Node) -> str:
-    value = node.meta.get("val")
-    return f"{node.name} ({', '.join(map(str, value.shape))})" if isinstance(value, Tensor) else node.name
+def _spoken(nodes: Sequence[fx.Node]) -> str:
+    """The tensors among them."""
+    shapes = {node.name: node.meta["val"].shape for node in nodes if isinstance(node.meta.get("val"), Tensor)}
+    return ", ".join(f"{name} ({', '.join(map(str, shape))})" for name, shape in shapes.items())
 
 
 def _stands(rows: Sequence[Row], gone: Collection[str]) -> dict[fx.Node, fx.Node]:

@@ -36,7 +36,7 @@ def drops_of(
                 f"a rule of depth keeps all layers of {row}",
                 required="fewer layers than there are",
                 found=f"{len(stay)} that stay",
-                cure="leave the rule out, or keep fewer",
+                cure="leave the rule out, " + ("or keep fewer" if rule.max_change is None else "or allow more change"),
             )
         for block in (block for block in row.blocks if block.number not in stay):
             if block.reason:
@@ -127,7 +127,12 @@ def _staying(row: Row, rule: DepthRule) -> set[int]:
     if isinstance(rule.layers, int):
         kinds = sorted({block.kind.rpartition(".")[2] for block in row.blocks})
         if not 0 < rule.layers <= len(numbers):
-            raise RecipeError(f"a depth of {row}", required=f"1 to {len(numbers)} layers", found=rule.layers)
+            raise RecipeError(
+                f"a depth of {row}",
+                required=f"1 to {len(numbers)} layers",
+                found=rule.layers,
+                cure="keep fewer; a preset with a depth is for models with more layers",
+            )
         if len(kinds) > 1:
             raise RecipeError(
                 f"the blocks of {row.path} are not alike", required="keep_layers: [...]", found=", ".join(kinds)
@@ -140,5 +145,6 @@ def _staying(row: Row, rule: DepthRule) -> set[int]:
             f"layers of {row}",
             required=f"numbers from {min(numbers)} to {max(numbers)}, each once, and at least one",
             found=f"{strange[0]}" if strange else f"{twice[0]} twice" if twice else "none",
+            cure="list the layers that stay, or say how many with keep: ...",
         )
     return set(rule.layers)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ..runtime.errors import DistillationError
 from .tokens import counted
 
-HIDDEN = -1e3  # scores below it are masked: models add -1e4, the least number of a dtype, or -inf
+MASKED = -1e3  # scores below it are masked: models add -1e4, the least number of a dtype, or -inf
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0, kept: Tensor | None = None) -> Tensor:
@@ -85,10 +85,10 @@ def states_apart(student: Tensor, teacher: Tensor, loss: str = "mse", kept: Tens
 def scores_apart(student: Tensor, teacher: Tensor, kept: Tensor | None = None) -> Tensor:
     """Of scores (B, H, queries, keys): the mean square of their difference where the teacher's query may look.
 
-    kept: queries (B, queries) that count. What is masked holds -inf or a number below HIDDEN.
+    kept: queries (B, queries) that count. What is masked holds -inf or a number below MASKED.
     """
     s, t = student.float(), teacher.detach().float()
-    seen = (t > HIDDEN) & (s > HIDDEN)
+    seen = (t > MASKED) & (s > MASKED)
     if kept is not None:
         seen = seen & kept[:, None, :, None]
     # What is masked is taken out before it is subtracted: -inf less -inf has no gradient.

@@ -114,11 +114,11 @@ def state(block: Block, side: Literal["start", "end"]) -> fx.Node:
 
 def _module_output(program: Program, path: str) -> fx.Node:
     """The last floating-point value of a module that others read."""
-    inside = [n for n in program.graph.nodes if n.op == "call_function" and path in _paths(n)]
+    inside = [n for n in program.graph.nodes if n.op == "call_function" and path and path in _paths(n)]
     within = set(inside)
-    read = [n for n in inside if is_float(n) and any(user not in within for user in n.users)]
+    read = [n for n in inside if is_float(n) and value_of(n).dim() and any(user not in within for user in n.users)]
     if not read:
-        known = {p: None for n in program.graph.nodes if n.op == "call_function" for p in _paths(n)}
+        known = {p: None for n in program.graph.nodes if n.op == "call_function" for p in _paths(n) if p}
         raise _not_there(Tap("output", path), list(known))
     last: fx.Node = read[-1]
     return last

@@ -152,7 +152,8 @@ def checkpoint_mark(node: fx.Node) -> str | None:
 def module_calls(node: fx.Node) -> Iterator[tuple[str, str, str]]:
     """(call, dotted path, class) of each module that a captured node lies in, outermost first; calls are unique."""
     for key, (path, kind) in (node.meta.get("nn_module_stack") or {}).items():
-        yield key, _clean_path(path), kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+        if not key.startswith("_empty_nn_module_stack"):  # torch's mark of a node that lies in none
+            yield key, _clean_path(path), kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def in_backward() -> bool:

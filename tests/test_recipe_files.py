@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,8 +110,9 @@ QUANTISED: dict[str, tuple[Callable[[], Any], dict[str, str]]] = {
     "bert_xtc_w1a8": (bert, ONE),
     "bert_zeroquant_w8a8": (bert, of_bert("w8a8 rows", "w8a8 rows", "w8 channel")),
     "bert_zeroquant_w48a8_lkd": (
-        bert,
-        of_bert("w8a8 rows", "w4 rows", None) | {"attention.output.dense": "w8a8 rows"},
+        functools.partial(bert, 2),  # one block alone is no row of them
+        of_bert("w8a8 rows", "w4 rows", None)
+        | {"attention.output.dense": "w8a8 rows", "1.intermediate.dense": "w4 rows", "1.output.dense": "w4 rows"},
     ),
     "bert_quant_weight": (bert, of_bert("w4 rows", "w2 rows", "w4 channel")),
     "bert_quant_activation": (bert, of_bert("w8a8 channel", "w8a4 channel", None)),
@@ -145,8 +147,10 @@ def test_every_file_is_read_and_tried_below() -> None:
 def test_bits(name: str) -> None:
     make, expected = QUANTISED[name]
     model, inputs = make()
-    small = dwindle.compress(model, FOLDER / f"{name}.yaml", inputs=inputs)
+    small = dwindle.compress(model, FOLDER / f"{name}.yaml", inputs=inputs, data=[inputs])
     assert widths(small.plan) == expected
+    learned = [entry for entry in small.log if entry.stage == "layerwise"]
+    assert len(learned) == (2 if name.endswith("lkd") else 0)
 
 
 @pytest.mark.slow
