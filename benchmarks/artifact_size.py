@@ -10,17 +10,15 @@ of three.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import timing  # before torch
 import torch
-from results import Results
+from results import Results, command_line
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -94,11 +92,9 @@ def show(points: dict[str, dict[str, Any]], original: int) -> None:
 
 def main() -> None:
     """Measure the recipes that are not there yet, and print all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--again", action="store_true", help="measure what is already there as well")
+    parser = command_line(__doc__)
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    timing.one_thread()
+    timing.quiet_on_one_thread()
     model, _ = load_minilm(quiet=True)
     results = Results("artifact_size", again=arguments.again)
     points = {

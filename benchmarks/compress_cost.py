@@ -24,7 +24,6 @@ import json
 import subprocess
 import sys
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -35,7 +34,7 @@ from unittest.mock import patch
 
 import timing  # before torch
 import torch
-from results import Results
+from results import Results, command_line
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -229,15 +228,13 @@ def show(points: dict[int, dict[str, Any]], recipe: str) -> None:
 
 def main() -> None:
     """Measure the sizes that are not there yet, and print all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--layers", nargs="+", type=int, default=LAYERS)
     parser.add_argument("--recipe", default="zeroquant-w8a8")
-    parser.add_argument("--again", action="store_true", help="measure what is already there as well")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    timing.one_thread()
+    timing.quiet_on_one_thread()
     if arguments.here:
         print(json.dumps(measure_here(arguments.layers[0], arguments.recipe)))
         return

@@ -13,7 +13,6 @@ where these are installed: see image_models.py. Both sides work in processes wit
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 import warnings
@@ -24,7 +23,7 @@ import peer
 import timing  # before torch
 import torch
 from catalogue import FAMILIES, LEAST, RATIO, named, present
-from results import Point, Results
+from results import Point, Results, command_line
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -67,8 +66,7 @@ def measure(name: str, child: children.Child) -> Point:
 
 def _measured(name: str) -> Iterator[Point]:
     """What is found, step by step, so that a step that never ends leaves what came before it."""
-    warnings.simplefilter("ignore")
-    timing.one_thread()
+    timing.quiet_on_one_thread()
     model, inputs = named(name).make()
     try:
         started = time.process_time()
@@ -180,11 +178,10 @@ def why(point: Point) -> str:
 
 def main() -> None:
     """Measure what is not there yet, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--family", nargs="+", choices=FAMILIES, help="packages that models come from (all installed)")
     parser.add_argument("--only", nargs="+", help="names of architectures")
     parser.add_argument("--peer", action="store_true", help="Torch-Pruning as well (the extra `peers`)")
-    parser.add_argument("--again", action="store_true", help="measure what is already there as well")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     if arguments.peer and peer.version() is None:

@@ -18,9 +18,7 @@ weights. A line through the times says whether they are linear in layers: `linea
 
 from __future__ import annotations
 
-import argparse
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
@@ -29,7 +27,7 @@ import numpy as np
 import timing  # before torch
 import torch
 from compress_cost import make_bert
-from results import Results
+from results import Results, command_line
 from rich.console import Console
 from rich.table import Table
 
@@ -134,12 +132,10 @@ def show(points: list[tuple[int, dict[str, int], dict[str, Any]]]) -> None:
 
 def main() -> None:
     """Measure the models that are not there yet, and print all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--again", action="store_true", help="measure what is already there as well")
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    timing.one_thread()
+    timing.quiet_on_one_thread()
     results, points = Results("discovery", again=arguments.again), []
     for layers, sizes in QUICK if arguments.quick else POINTS:
         configuration = {"layers": layers, **sizes, "batch": [BATCH, TOKENS], "ratio": RATIO, "rounds": ROUNDS}

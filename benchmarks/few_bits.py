@@ -8,13 +8,12 @@ Milliseconds of CPU time, the least of all rounds, of `qlinear` on int8 codes wi
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from typing import Any
 
 import timing  # before torch
 import torch
-from results import Results
+from results import Results, command_line
 from rich.console import Console
 from rich.table import Table
 
@@ -72,9 +71,8 @@ def show(points: dict[tuple[str, tuple[int, int]], dict[str, Any]]) -> None:
 
 def main() -> None:
     """Measure what is not there yet, and print all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--again", action="store_true", help="measure what is already there as well")
     arguments = parser.parse_args()
     assert LIBRARY is not None  # the operators are registered
     timing.one_thread()

@@ -8,21 +8,18 @@ All 20 choices of 3 are asked too, so that each way has its place among them; --
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import time
-import warnings
 from typing import Any
 
 import timing  # before torch
-from results import Results
-from retrieval import Subject
+from results import Results, command_line
+from retrieval import Subject, scored
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import dwindle
-from dwindle.frontends.retrieval import paired_difference, retrieval_scores
 
 SIZE, KEPT, LAYERS = 500, 3, 6
 WAYS: dict[str, dict[str, Any]] = {
@@ -46,9 +43,7 @@ def ask(subject: Subject, kept: list[int]) -> dict[str, Any]:
     """Scores with these layers alone, and the difference to all of them on the same queries."""
     recipe: dict[str, Any] = {} if len(kept) == LAYERS else {"depth": {"keep_layers": kept}}
     q, d = subject.vectors(dwindle.compress(subject.model, recipe, inputs=subject.calibration()[0]))
-    scores, whole = retrieval_scores(q, d), retrieval_scores(*subject.reference)
-    difference, interval = paired_difference(scores.reciprocal_ranks, whole.reciprocal_ranks)
-    return {"acc@1": scores.acc_at_1, "mrr": scores.mrr, "difference": difference, "interval": interval}
+    return scored(q, d, subject.reference)[1]
 
 
 def show(chosen: dict[str, dict[str, Any]], asked: dict[tuple[int, ...], dict[str, Any]]) -> None:
@@ -76,12 +71,10 @@ def show(chosen: dict[str, dict[str, Any]], asked: dict[tuple[int, ...], dict[st
 
 def main() -> None:
     """Choose, ask, and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true", help="only what some way has chosen")
-    parser.add_argument("--again", action="store_true", help="measure what is already there as well")
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    timing.one_thread()
+    timing.quiet_on_one_thread()
     subject, results = Subject((SIZE,)), Results("layers", again=arguments.again)
     console = Console(stderr=True)
     chosen = {}

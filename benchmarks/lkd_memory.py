@@ -10,19 +10,18 @@ AdamW's two moments, 12 bytes a parameter in fp32. --quick: 2 layers, hidden 192
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
-import warnings
 from concurrent.futures import ProcessPoolExecutor
 
 import timing  # before torch
 import torch
 from compress_cost import make_bert, peak_bytes, reset_peak, settled_bytes
-from results import Point, Results
+from results import Point, Results, command_line
 from rich.console import Console
 from rich.table import Table
 
 import dwindle
+from dwindle.frontends.recipe import FEED_FORWARD
 
 LAYERS, QUICK = 12, 2
 SMALL = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768}
@@ -32,16 +31,14 @@ TARGET = 1.3
 RECIPE = {
     "quantize": [
         {"weight": {"bits": 8}, "activation": {"bits": 8}},
-        {"patterns": r"(intermediate|(?<!attention\.)output)\.dense$", "weight": {"bits": 4, "groups": 48}}
-        | {"activation": {"bits": 8}},
+        {"patterns": [FEED_FORWARD], "weight": {"bits": 4, "groups": 48}, "activation": {"bits": 8}},
     ]
 }
 
 
 def measure(side: str, quick: bool) -> Point:
     """Peak and resting bytes of one side, "inference" or "distillation"."""
-    warnings.simplefilter("ignore")
-    timing.one_thread()
+    timing.quiet_on_one_thread()
     model = make_bert(QUICK if quick else LAYERS, **(SMALL if quick else {}))
     shape, generator = (BATCH, TOKENS), torch.Generator().manual_seed(0)
     tokens = [torch.randint(0, 30522, shape, generator=generator) for _ in range(BATCHES)]
@@ -70,9 +67,8 @@ def alone(side: str, quick: bool) -> Point:
 
 def main() -> None:
     """Measure both sides where they are not there yet, and print them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--again", action="store_true", help="measure what is already there as well")
     arguments = parser.parse_args()
     results, console = Results("lkd_memory", again=arguments.again), Console(width=110)
     size = "quick" if arguments.quick else "whole"

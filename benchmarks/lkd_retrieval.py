@@ -12,18 +12,16 @@ CPU seconds are those of `distill_layers`, on one thread: the teacher's run amon
 
 from __future__ import annotations
 
-import argparse
 import functools
 import time
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import timing  # before torch
 import torch
-from results import Point, Results
-from retrieval import BATCH, FLOAT, Subject
+from results import Point, Results, command_line
+from retrieval import BATCH, FLOAT, Subject, scored
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -31,7 +29,7 @@ from torch import Tensor
 import dwindle
 from dwindle.frontends.layerwise import random_tokens
 from dwindle.frontends.recipe import FEED_FORWARD
-from dwindle.frontends.retrieval import paired_difference, retrieval_scores
+from dwindle.frontends.retrieval import paired_difference
 
 SIZE, QUICK = 1500, 200
 TOKENS = 64  # of a text that is learned from
@@ -74,10 +72,9 @@ def texts(subject: Subject, seed: int) -> list[dict[str, Tensor]]:
 
 def ranks(subject: Subject, vectors: tuple[Tensor, Tensor]) -> Point:
     """MRR, the rank of each query's article, and the mean cosine to the float model's vectors."""
-    scores = retrieval_scores(*vectors)
-    cosine = (torch.cat(vectors) * torch.cat(subject.reference)).sum(1).mean()
+    scores, found = scored(*vectors, subject.reference)
     shown = " ".join(str(round(1 / r)) for r in scores.reciprocal_ranks)
-    return {"mrr": scores.mrr, "cosine": float(cosine), "ranks": shown}
+    return {"mrr": found["mrr"], "cosine": found["cosine"], "ranks": shown}
 
 
 def rounded(subject: Subject, ffn: dict[str, int]) -> Point:
@@ -152,14 +149,12 @@ def apart(scores: Sequence[float], others: Sequence[float]) -> str:
 
 def main() -> None:
     """Measure what is not there yet, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--recipes", nargs="+", choices=FFN, default=list(FFN))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--again", action="store_true", help="measure what is already there as well")
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    timing.one_thread()
+    timing.quiet_on_one_thread()
     size = QUICK if arguments.quick else SIZE
     if arguments.quick:
         TRAINING["steps"] = 10

@@ -14,7 +14,6 @@ of last_hidden_state over real tokens against PyTorch fp32.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import tempfile
 import warnings
@@ -28,7 +27,7 @@ import timing  # before torch
 import onnx
 import torch
 from onnxruntime.quantization import quantize_dynamic
-from results import Results
+from results import Results, command_line
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -155,10 +154,9 @@ class Files:
 
 def main() -> None:
     """Measure the points that are not there yet, and print all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--points", nargs="+", choices=list(POINTS), default=list(POINTS))
-    parser.add_argument("--again", action="store_true", help="measure what is there already as well")
     arguments = parser.parse_args()
     timing.one_thread()
     logging.getLogger().setLevel(logging.ERROR)

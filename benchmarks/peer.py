@@ -19,7 +19,6 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -75,8 +74,7 @@ def _merit(point: Point) -> tuple[bool, bool, bool, float]:
 
 def tried(name: str) -> Iterator[Point]:
     """Every way until one succeeds."""
-    warnings.simplefilter("ignore")
-    timing.one_thread()
+    timing.quiet_on_one_thread()
     for way in WAYS:
         model, inputs = named(name).make()
         point = _one(model, inputs, way)

@@ -12,10 +12,8 @@ and additions as torch's own counter finds them in the calls that are made.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from typing import Any
 import timing  # before torch
 import torch
 from fashion import make_resnet
-from results import Point, Results
+from results import Point, Results, command_line
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -96,13 +94,11 @@ def _run(made: Any, feeds: Mapping[str, Any]) -> Any:
 
 def main() -> None:
     """Measure what is not there yet, and print all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--again", action="store_true", help="measure what is already there as well")
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    timing.one_thread()
+    timing.quiet_on_one_thread()
     results = Results("pruned_speed", again=arguments.again)
     table = Table(title="One thread: a model over what is left of it", title_justify="left")
     for heading in ("model", "cut", "flops", "parameters", "eager ms", "times less", "ORT ms", "times less"):

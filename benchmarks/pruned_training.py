@@ -15,10 +15,8 @@ the sliced model, relative to their size.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,7 +24,7 @@ import numpy as np
 import timing  # before torch
 import torch
 from fashion import EPOCHS, TRAIN, load_fashion, make_resnet, right, train_fashion
-from results import Point, Results
+from results import Point, Results, command_line
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -126,14 +124,12 @@ def mean_scores(points: Sequence[Point]) -> list[float]:
 
 def main() -> None:
     """Train what is not there yet, and print the task's table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--runs", nargs="+", help="these besides float, all where absent")
-    parser.add_argument("--again", action="store_true", help="measure what is already there as well")
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    timing.one_thread()
+    timing.quiet_on_one_thread()
     results, console = Results("pruned_training", again=arguments.again), Console(width=120)
     measure, settings = TASKS[arguments.task]
     wanted = arguments.runs or list(RUNS[arguments.task])

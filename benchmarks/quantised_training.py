@@ -10,11 +10,9 @@ that was stopped goes on where it was. --quick: 30 steps, which shows that it ru
 
 from __future__ import annotations
 
-import argparse
 import functools
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +20,7 @@ from typing import Any
 import numpy as np
 import timing  # before torch
 from language import evaluate_language, load_austen, load_glass
-from results import Point, Results
+from results import Point, Results, command_line
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -222,15 +220,13 @@ def show(name: str, rows: Mapping[str, Sequence[Point]], console: Console) -> No
 
 def main() -> None:
     """Measure what is not there yet, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--runs", nargs="+", help="names of runs, besides float; all of the table's where absent")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} steps")
-    parser.add_argument("--again", action="store_true", help="measure what is already there as well")
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    timing.one_thread()
+    timing.quiet_on_one_thread()
     name, runs = TABLES[arguments.table]
     settings = SENTIMENT if name == "sentiment" else LANGUAGE
     if arguments.quick:

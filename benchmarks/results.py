@@ -1,6 +1,7 @@
 """Results as JSON beside the scripts that made them, so that a run can be stopped and taken up again.
 
-    results = Results("torch_cpu", again=False)
+    arguments = command_line(__doc__).parse_args()
+    results = Results("torch_cpu", again=arguments.again)
     for shape in SHAPES:
         row = results.point({"shape": shape, "rounds": 15}, lambda: measure(shape))
 
@@ -12,6 +13,7 @@ not one of documents or results; with changes that are not committed it is `abc1
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib.metadata
 import json
@@ -62,6 +64,13 @@ class Results:
             draft.write(json.dumps(points, indent=1) + "\n")
         Path(draft.name).chmod(0o644)
         os.replace(draft.name, self.file)
+
+
+def command_line(description: str | None) -> argparse.ArgumentParser:
+    """A parser that knows `--again`, and says of a script what its docstring says."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--again", action="store_true", help="measure what is already there as well")
+    return parser
 
 
 def commit() -> str:

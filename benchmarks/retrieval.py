@@ -13,14 +13,12 @@ activations share one scale over a batch, so it alone depends on which texts sha
 
 from __future__ import annotations
 
-import argparse
 import time
-import warnings
 from typing import Any
 
 import timing  # before torch
 import torch
-from results import Results
+from results import Point, Results, command_line
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -28,7 +26,7 @@ from torch import Tensor
 
 import dwindle
 from dwindle.frontends.assets import load_bbc, load_minilm
-from dwindle.frontends.retrieval import embed, paired_difference, retrieval_scores
+from dwindle.frontends.retrieval import RetrievalScores, embed, paired_difference, retrieval_scores
 
 SIZES, QUICK = (500, 1000), (200,)
 TOKENS, BATCH = 128, 16
@@ -86,6 +84,23 @@ class Subject:
         return dwindle.compress(self.model, recipe, inputs=data[0], data=data)
 
 
+def scored(q: Tensor, d: Tensor, reference: tuple[Tensor, Tensor]) -> tuple[RetrievalScores, Point]:
+    """Scores of headlines q (N, D) for bodies d (N, D), and all that is told of them: the difference to the float
+    model's on the same queries, and cosines to its vectors.
+    """
+    scores, base = retrieval_scores(q, d), retrieval_scores(*reference)
+    difference, interval = paired_difference(scores.reciprocal_ranks, base.reciprocal_ranks)
+    cosine = (torch.cat([q, d]) * torch.cat(reference)).sum(1)  # (2 N,)
+    return scores, {
+        "acc@1": scores.acc_at_1,
+        "mrr": scores.mrr,
+        "difference": difference,
+        "interval": interval,
+        "cosine": float(cosine.mean()),
+        "least cosine": float(cosine.min()),
+    }
+
+
 def measure(subject: Subject, name: str) -> dict[str, Any]:
     """Scores at every size, differences to float on the same queries, cosine to float's vectors, CPU seconds."""
     reference = subject.reference
@@ -94,18 +109,7 @@ def measure(subject: Subject, name: str) -> dict[str, Any]:
     q, d = reference if name == FLOAT else subject.vectors(model)
     found: dict[str, Any] = {"embedding CPU s": time.process_time() - started}
     for size in subject.sizes:
-        scores = retrieval_scores(q[:size], d[:size])
-        base = retrieval_scores(*(v[:size] for v in reference))
-        difference, interval = paired_difference(scores.reciprocal_ranks, base.reciprocal_ranks)
-        cosine = (torch.cat([q[:size], d[:size]]) * torch.cat([v[:size] for v in reference])).sum(1)  # (2 size,)
-        found[str(size)] = {
-            "acc@1": scores.acc_at_1,
-            "mrr": scores.mrr,
-            "difference": difference,
-            "interval": interval,
-            "cosine": float(cosine.mean()),
-            "least cosine": float(cosine.min()),
-        }
+        _, found[str(size)] = scored(q[:size], d[:size], (reference[0][:size], reference[1][:size]))
     return found
 
 
@@ -133,13 +137,11 @@ def show(points: dict[str, dict[str, Any]], sizes: tuple[int, ...]) -> None:
 
 def main() -> None:
     """Measure the recipes that are not there yet, and print all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--points", nargs="+", choices=[FLOAT, *RECIPES], default=[FLOAT, *RECIPES])
-    parser.add_argument("--again", action="store_true", help="measure what is already there as well")
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    timing.one_thread()
+    timing.quiet_on_one_thread()
     sizes = QUICK if arguments.quick else SIZES
     subject, results = Subject(sizes), Results("retrieval", again=arguments.again)
     points = {}

@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,6 +23,12 @@ import torch
 def one_thread() -> None:
     """Keep torch to the calling thread, whose time is what is measured."""
     torch.set_num_threads(1)
+
+
+def quiet_on_one_thread() -> None:
+    """`one_thread`, and no warnings from here on: tables are printed, and a warning is no result."""
+    warnings.simplefilter("ignore")
+    one_thread()
 
 
 def interleaved(sides: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:

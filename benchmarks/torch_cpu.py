@@ -15,15 +15,13 @@ time of the op-by-op and the compiled form goes, at the largest shape; it keeps 
 
 from __future__ import annotations
 
-import argparse
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import timing  # before torch
 import torch
-from results import Results
+from results import Results, command_line
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -115,14 +113,12 @@ def show_profile(sides: Mapping[str, Call], batch: Mapping[str, Tensor], rounds:
 
 def main() -> None:
     """Measure the shapes that are not there yet, and print all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true", help="op by op only, 5 rounds")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--again", action="store_true", help="measure what is already there as well")
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    timing.one_thread()
+    timing.quiet_on_one_thread()
     names = tuple(n for n in SIDES if n not in COMPILED) if arguments.quick else SIDES
     rounds = 5 if arguments.quick else arguments.rounds
     model, _ = load_minilm(quiet=True)

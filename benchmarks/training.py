@@ -9,17 +9,15 @@ tested on the sixth. A seed decides the new head, the order of the batches and d
 
 from __future__ import annotations
 
-import argparse
 import functools
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import timing  # before torch
 import torch
 from language import WINDOW, evaluate_language, load_austen, load_glass
-from results import Results
+from results import Results, command_line
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -145,13 +143,11 @@ TASKS: dict[str, tuple[Callable[[int], dict[str, Any]], dict[str, Any]]] = {
 
 def main() -> None:
     """Measure the baselines that are not there yet, and print all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--again", action="store_true", help="measure what is already there as well")
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    timing.one_thread()
+    timing.quiet_on_one_thread()
     results, console = Results("training", again=arguments.again), Console(width=110)
     for name in arguments.tasks:
         baseline, schedule = TASKS[name]

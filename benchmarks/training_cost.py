@@ -9,16 +9,14 @@ one product of the Hessian with a vector, and one measurement of all six blocks,
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import timing  # before torch
 import torch
-from results import Point, Results
+from results import Point, Results, command_line
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -99,12 +97,10 @@ def curvature(batch: Mapping[str, Tensor], rounds: int) -> Point:
 
 def main() -> None:
     """Measure what is not there yet, and print it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--again", action="store_true", help="measure what is already there as well")
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    timing.one_thread()
+    timing.quiet_on_one_thread()
     task = sentiment_task()
     batch = {name: values[:BATCH] for name, values in task.train.items()}
     results, console = Results("training_cost", again=arguments.again), Console(width=110)

@@ -11,18 +11,17 @@ apart, and ONNX Runtime has run it when it is there.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import subprocess
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 
 import timing  # before torch
 import torch
-from results import Results
+from compress_cost import make_bert
+from results import Results, command_line
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
@@ -44,14 +43,6 @@ folder, inputs, outputs = sys.argv[1:]
 with torch.no_grad():
     torch.save(dwindle.load(folder)(**torch.load(inputs)).last_hidden_state, outputs)
 """
-
-
-def bert_base() -> nn.Module:
-    """12 layers, hidden 768, 30,522 words; random."""
-    from transformers import BertConfig, BertModel
-
-    torch.manual_seed(0)
-    return BertModel(BertConfig()).eval()
 
 
 def example() -> dict[str, Tensor]:
@@ -129,13 +120,11 @@ def show(title: str, points: dict[str, dict[str, Any]], original: int, targets: 
 
 def main() -> None:
     """Measure what is not there yet, and print both tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--again", action="store_true", help="measure what is already there as well")
+    parser = command_line(__doc__)
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    timing.one_thread()
+    timing.quiet_on_one_thread()
     results = Results("xtc_size", again=arguments.again)
-    base, (minilm, _) = bert_base(), load_minilm(quiet=True)
+    base, (minilm, _) = make_bert(12), load_minilm(quiet=True)
     float_base = results.point({"model": "bert-base", "recipe": None}, lambda: {"bytes": float_bytes(base)})["bytes"]
     shown = {
         preset: results.point(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import first
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -61,12 +62,6 @@ def identity(model: nn.Module, name: str, number: int) -> None:
         part = model.get_submodule(f"{ROWS[name]}.{number}.{path}")
         for parameter in part.parameters():
             nn.init.zeros_(parameter)
-
-
-def first(output: Any) -> Tensor:
-    found = output if isinstance(output, Tensor) else output[0]
-    assert isinstance(found, Tensor)
-    return found
 
 
 def by_hooks(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from models import ZOO
+from models import ZOO, first
 from torch import Tensor, nn
 
 import dwindle
@@ -32,11 +32,6 @@ def batches(inputs: dict[str, Tensor], count: int = 6) -> list[dict[str, Tensor]
         }
         for _ in range(count)
     ]
-
-
-def first(output: Any) -> Tensor:
-    value: Tensor = next(iter(output.values())) if hasattr(output, "values") else output
-    return value
 
 
 def worst(small: Any, model: nn.Module, data: list[Any]) -> float:

@@ -14,10 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dwindle.runtime.structure import flatten
+
 Example = tuple[nn.Module, dict[str, Any]]
 """(model in eval mode, keyword arguments of one call)."""
 
 BATCH, TOKENS, VOCABULARY = 2, 8, 99
+
+
+def first(output: Any) -> Tensor:
+    """The first tensor of what a model gives: itself, or that of a tuple, list, dict or ModelOutput."""
+    found = flatten(output)[1][0]
+    assert isinstance(found, Tensor)
+    return found
 
 
 def _built(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What tests of pruning share: a captured program, and a cut of random indices of its groups."""
+"""What tests of pruning share: a captured program, a cut of random indices of its groups, and what `compress` cuts."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from models import first
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import dwindle
 from dwindle.frontends.capture import capture
 from dwindle.frontends.inputs import as_arguments, flat_batches
 from dwindle.passes.canonicalize import canonicalize
@@ -17,10 +19,13 @@ from dwindle.passes.prune.groups import Group, find_groups, kept_count
 from dwindle.passes.prune.transfer import rule_of
 from dwindle.passes.prune.walk import Walk
 from dwindle.passes.verify import difference
+from dwindle.runtime.compressed import Compressed
 from dwindle.runtime.contract import Signature
 from dwindle.runtime.model import flat_outputs
 from dwindle.runtime.store import Store
 from dwindle.runtime.structure import flatten
+
+X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
 
 
 def walked(model: nn.Module, inputs: Any) -> tuple[Walk, list[Tensor]]:
@@ -57,6 +62,22 @@ def random_cut(groups: Sequence[Group], ratio: float, seed: int = 0) -> dict[Ato
         mask[torch.randperm(group.size, generator=generator)[: max(group.floor, stay)]] = True
         found[group.leaf] = mask
     return found
+
+
+def pruned(model: nn.Module, inputs: Any, dynamic_shapes: Any = None, **rule: Any) -> Compressed:
+    """By one rule, after training."""
+    return dwindle.compress(model, {"prune": rule}, inputs=inputs, dynamic_shapes=dynamic_shapes)
+
+
+def called(model: Any, inputs: Any) -> Tensor:
+    """The first tensor that a call with these inputs gives."""
+    with torch.no_grad():
+        return first(model(**inputs) if isinstance(inputs, dict) else model(inputs))
+
+
+def widths(small: Compressed) -> dict[tuple[str, int], int]:
+    """What stays of each axis that was cut."""
+    return {(edit.fqn, edit.dim): edit.size - len(edit.removed) for edit in small.plan.slices}
 
 
 class Block(nn.Module):

@@ -111,6 +111,14 @@ def bare(modules: Mapping[str, str]) -> Iterator[str]:
                 yield f"{name}:{item.line} imports {item.target}: required: dwindle.{item.target}"
 
 
+def borrowing(modules: Mapping[str, str]) -> Iterator[str]:
+    """Tests that import a module of tests: what that one lacks or skips, they would lack too."""
+    for name in modules:
+        for item in imports(name, modules):
+            if name.startswith("tests.test_") and item.target.removeprefix("tests.").startswith("test_"):
+                yield f"{name}:{item.line} imports {item.target}: required: a module that both import"
+
+
 def cycles(modules: Mapping[str, str]) -> Iterator[str]:
     """Modules that need one another, at load or in a function; annotations alone may."""
     graph = nx.DiGraph()
@@ -165,6 +173,10 @@ def test_imports_go_down_and_are_relative() -> None:
 
 def test_rooms_are_never_imported_bare() -> None:
     assert list(bare(sources(*ROOMS, "dwindle", "tests", "examples", "benchmarks"))) == []
+
+
+def test_tests_import_no_tests() -> None:
+    assert list(borrowing(sources("tests"))) == []
 
 
 def test_no_cycles() -> None:
@@ -289,6 +301,10 @@ def test_upward_allows_going_down() -> None:
 
 def test_bare_refuses() -> None:
     assert len(list(bare({"tests.t": "from runtime.a import f", "tests.u": "import dwindle.runtime.a"}))) == 1
+
+
+def test_borrowing_refuses() -> None:
+    assert len(list(borrowing({"tests.test_t": "from test_u import f\nimport testing, models"}))) == 1
 
 
 def test_cycles_refuses() -> None:

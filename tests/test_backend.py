@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import ZOO
+from models import ZOO, first
 from numerics import error
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -33,10 +33,6 @@ def _compiled(model: nn.Module, **options: Any) -> Any:
     return torch.compile(model, backend="dwindle", options=options, dynamic=True)
 
 
-def _first(output: Any) -> torch.Tensor:
-    return output if isinstance(output, torch.Tensor) else output[0]
-
-
 @pytest.mark.parametrize("name", list(ZOO))
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_gradients_are_exact_when_nothing_is_quantised(name: str, training: bool) -> None:
@@ -46,7 +42,7 @@ def test_gradients_are_exact_when_nothing_is_quantised(name: str, training: bool
     def step(call: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
         model.zero_grad()
         torch.manual_seed(0)
-        output = _first(call(**inputs))
+        output = first(call(**inputs))
         output.float().sin().sum().backward()
         return output.detach(), {n: p.grad for n, p in model.named_parameters()}
 
@@ -65,8 +61,8 @@ def test_gradients_are_exact_when_nothing_is_quantised(name: str, training: bool
 def test_inference_is_quantised_as_compress_does_it(name: str) -> None:
     model, inputs = ZOO[name]()
     with torch.no_grad():
-        found = _first(_compiled(model, inner="eager")(**inputs))
-        expected = _first(dwindle.compress(model, inputs=inputs)(**inputs))
+        found = first(_compiled(model, inner="eager")(**inputs))
+        expected = first(dwindle.compress(model, inputs=inputs)(**inputs))
     assert torch.equal(found, expected)
 
 
@@ -74,8 +70,8 @@ def test_inference_is_quantised_as_compress_does_it(name: str) -> None:
 def test_inductor_runs_the_same_codes(name: str) -> None:
     model, inputs = ZOO[name]()
     with torch.no_grad():
-        eager = _first(_compiled(model, inner="eager")(**inputs))
-        fused = _first(_compiled(model)(**inputs))
+        eager = first(_compiled(model, inner="eager")(**inputs))
+        fused = first(_compiled(model)(**inputs))
     assert error(eager, fused) < 5e-3  # other sums may flip a code at an edge; measured 3e-7 and 5e-4
 
 
@@ -257,9 +253,9 @@ def test_a_state_that_is_loaded_is_packed_again(name: str) -> None:
     with torch.no_grad():
         compiled(**inputs)
         model.load_state_dict({k: v * 1.5 if v.is_floating_point() else v for k, v in model.state_dict().items()})
-        found = _first(compiled(**inputs))
+        found = first(compiled(**inputs))
         torch._dynamo.reset()
-        expected = _first(_compiled(model, inner="eager")(**inputs))
+        expected = first(_compiled(model, inner="eager")(**inputs))
     assert torch.equal(found, expected)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import ZOO
+from models import ZOO, first
 from numerics import error
 from torch import nn
 
@@ -22,17 +22,13 @@ STATIC_LINEAR = {
 }
 
 
-def _first(output: Any) -> torch.Tensor:
-    return output if isinstance(output, torch.Tensor) else output[0]
-
-
 @pytest.mark.parametrize("name", list(ZOO))
 @pytest.mark.parametrize("recipe", ["zeroquant-w8a8", "w8a16", "static-w8a8"])
 def test_every_model_gets_smaller_and_stays_close(name: str, recipe: str) -> None:
     model, inputs = ZOO[name]()
     small = dwindle.compress(model, recipe, inputs=inputs, data=[inputs])
     with torch.no_grad():
-        delta = error(_first(model(**inputs)), _first(small(**inputs)))
+        delta = error(first(model(**inputs)), first(small(**inputs)))
     assert 0 < delta < 0.06  # measured at most .03 (llama, t5), 8 bits on random weights
     assert small.certificate.bytes_after < small.certificate.bytes_before
     assert small.certificate.simulated == 0
@@ -112,7 +108,7 @@ def test_positional_and_keyword_calls_share_a_variant() -> None:
 def test_transformers_models_need_no_inputs() -> None:
     model, inputs = ZOO["llama"]()
     with torch.no_grad():
-        assert _first(dwindle.compress(model)(**inputs)).shape == _first(model(**inputs)).shape
+        assert first(dwindle.compress(model)(**inputs)).shape == first(model(**inputs)).shape
 
 
 def test_weights_of_several_granularities() -> None:

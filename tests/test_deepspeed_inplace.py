@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from deepspeed_configs import JSON, LINEARS, activations, engine, falling, mixed, moq, pruning_off, static, technique
-from models import ZOO
+from models import ZOO, first
 from numerics import error
 from torch import nn
 
@@ -39,9 +39,7 @@ CNN = engine(
 
 
 def _loss(model: Any, inputs: Any) -> torch.Tensor:
-    output = model(**inputs)
-    found: torch.Tensor = (output if isinstance(output, torch.Tensor) else output[0]).square().mean()
-    return found
+    return first(model(**inputs)).square().mean()
 
 
 def _train(model: Any, inputs: Any, steps: range, optimizer: torch.optim.Optimizer) -> list[float]:
@@ -88,9 +86,10 @@ def test_a_model_in_place_is_the_student(name: str, config: str) -> None:
         expected = model.eval()(**inputs)
         redundancy_clean(model, data)
         found, small = model(**inputs), student.eval().finish()(**inputs)
-    first = [x if isinstance(x, torch.Tensor) else x[0] for x in (expected, found, small)]
-    assert error(first[1], first[0]) < 1e-6  # of weights alone, and of convolutions, sums are in another order
-    assert error(first[1], first[2]) < 1e-5
+    assert (
+        error(first(found), first(expected)) < 1e-6
+    )  # of weights alone, and of convolutions, sums are in another order
+    assert error(first(found), first(small)) < 1e-5
 
 
 def test_curvature_moves_both_alike() -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from blocks import ROWS, first, without
-from models import ZOO
+from blocks import ROWS, without
+from models import ZOO, first
 from torch import Tensor, nn
 
 import dwindle

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from by_data import SMOOTH, batches, first, packed, recipe
-from models import ZOO
+from by_data import SMOOTH, batches, packed, recipe
+from models import ZOO, first
 from numerics import assert_close
 from torch import Tensor, nn
 

@@ -10,49 +10,23 @@ from typing import Any
 import pytest
 import torch
 from models import ZOO
+from onnx_answers import answers, hold, relative
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dwindle
 from dwindle.runtime.errors import ExportError
-from dwindle.runtime.onnx import check, forms, translations
+from dwindle.runtime.onnx import check, translations
 from dwindle.runtime.onnx.example import batches
-from dwindle.runtime.onnx.export import output_names
-from dwindle.runtime.structure import flatten
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-# ORT and torch round the same numbers to the same codes, but for values at the edge of two: so their errors against
-# the original are alike, not equal. Largest ratio measured 1.00002; a zero point taken off twice gave 60.
-ALIKE = 1.5
-# Of the compression's own error: how far such flips take the two apart. Largest measured 4e-4, and .055 where
-# MatMulNBits rounds once more.
-APART = 0.5
+FORMS = "dwindle.runtime.onnx.forms"  # by its name: it imports onnx_ir, so it is loaded by the tests that patch it
 
 
-def relative(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.float() - expected.float()).norm() / expected.float().norm())
-
-
-def answers(small: Any, inputs: dict[str, Tensor], folder: Path) -> tuple[Tensor, Tensor]:
-    """The first output of the compressed model, and of its export."""
-    path = small.export_onnx(folder / "model.onnx")
-    found = check.run(check.session(path), list(inputs), list(inputs.values()))
-    with torch.no_grad():
-        (contract,) = [p.contract for p in small.variants.values()]
-        return flatten(small(**inputs))[1][0], found[output_names(contract)[0]]
-
-
-def hold(model: nn.Module, recipe: Any, inputs: dict[str, Tensor], folder: Path) -> None:
-    """ORT is as near the original as the compressed torch model is, and nearer to that."""
-    small = dwindle.compress(model, recipe, inputs=inputs, data=[inputs])
-    torch_answer, ort_answer = answers(small, inputs, folder)
-    with torch.no_grad():
-        original = flatten(model(**inputs))[1][0]
-    error = relative(torch_answer, original)
-    assert relative(ort_answer, original) <= ALIKE * error
-    assert (ort_answer - torch_answer).norm() <= APART * error * original.norm()
+def holds(model: nn.Module, recipe: Any, inputs: dict[str, Tensor], folder: Path) -> None:
+    hold(dwindle.compress(model, recipe, inputs=inputs, data=[inputs]), model, inputs, folder)
 
 
 # Static activations
@@ -89,19 +63,19 @@ def layers(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
 @pytest.mark.parametrize("name", LAYERS)
 def test_static_layers(name: str, kind: str, tmp_path: Path) -> None:
     model, inputs = layers(name)
-    hold(model, static(kind), inputs, tmp_path)
+    holds(model, static(kind), inputs, tmp_path)
 
 
 def test_static_activations_and_grouped_weights(tmp_path: Path) -> None:
     """MatMulNBits rounds activations once more, to 8 bits by blocks; 4-bit weights hide that."""
     model, inputs = layers("linear")
-    hold(model, static("asymmetric", {"bits": 4, "group_size": 16}), inputs, tmp_path)
+    holds(model, static("asymmetric", {"bits": 4, "group_size": 16}), inputs, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["symmetric", "asymmetric"])
 def test_static_bert(kind: str, tmp_path: Path) -> None:
     model, inputs = ZOO["bert"]()
-    hold(model, static(kind), inputs, tmp_path)
+    holds(model, static(kind), inputs, tmp_path)
 
 
 def real_zero(t: Any, codes: Any) -> Any:
@@ -194,14 +168,14 @@ def test_made_up_masks_hide_something() -> None:
 
 def test_a_mask_that_hides_too_little_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small, _ = attention(True)
-    monkeypatch.setattr(forms, "HIDDEN", -50.0)
+    monkeypatch.setattr(f"{FORMS}.HIDDEN", -50.0)
     with pytest.raises(ExportError, match="output 'output'"):
         small.export_onnx(tmp_path / "model.onnx")
 
 
 def test_ort_s_reason_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small, _ = attention(False)
-    monkeypatch.setattr(forms, "_expanded", lambda graph, node, value: value)
+    monkeypatch.setattr(f"{FORMS}._expanded", lambda graph, node, value: value)
     with pytest.raises(ExportError, match=r"(?s)does not run.*inconsistent q_sequence_length"):
         small.export_onnx(tmp_path / "model.onnx")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import ZOO
+from models import ZOO, first
 from pruning import Transformer, walked
 from torch import Tensor, nn
 
@@ -19,12 +19,6 @@ from dwindle.runtime.plan import Plan
 
 THIRD = {"prune": {"ratio": 0.3}}
 EXACT = ["bert", "gpt2", "llama", "t5", "vit", "resnet", "convnext"]
-
-
-def first(output: Any) -> Tensor:
-    value = next(iter(output.values())) if hasattr(output, "values") else output
-    assert isinstance(value, Tensor)
-    return value
 
 
 def count(module: nn.Module) -> int:

@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 from models import ZOO
+from pruning import X, called, pruned, widths
 from torch import Tensor, nn
 
 import dwindle
 from dwindle.runtime.compressed import Compressed
 from dwindle.runtime.errors import CaptureError, DwindleError, RecipeError
-
-X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
 
 
 def plain(*widths: int) -> nn.Sequential:
@@ -22,26 +21,6 @@ def plain(*widths: int) -> nn.Sequential:
     torch.manual_seed(0)
     layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
     return nn.Sequential(*layers[:-1]).eval()
-
-
-def pruned(model: nn.Module, inputs: Any, dynamic_shapes: Any = None, **rule: Any) -> Compressed:
-    return dwindle.compress(model, {"prune": rule}, inputs=inputs, dynamic_shapes=dynamic_shapes)
-
-
-def first(output: Any) -> Tensor:
-    found = output if isinstance(output, Tensor) else next(iter(output.values()))
-    assert isinstance(found, Tensor)
-    return found
-
-
-def called(model: Any, inputs: Any) -> Tensor:
-    with torch.no_grad():
-        return first(model(**inputs) if isinstance(inputs, dict) else model(inputs))
-
-
-def widths(small: Compressed) -> dict[tuple[str, int], int]:
-    """What stays of each axis that was cut."""
-    return {(edit.fqn, edit.dim): edit.size - len(edit.removed) for edit in small.plan.slices}
 
 
 def zeroed(model: nn.Module, small: Compressed) -> nn.Module:

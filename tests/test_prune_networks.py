@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_prune_edges import X, called, pruned, widths
+from pruning import X, called, pruned, widths
 from torch import Tensor, nn
 
 import dwindle

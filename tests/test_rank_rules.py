@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from blocks import ROWS, first, gpt2, unlabelled
-from models import ZOO
+from blocks import ROWS, gpt2, unlabelled
+from models import ZOO, first
 from torch import Tensor, nn
 
 import dwindle

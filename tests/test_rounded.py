@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from by_data import SMOOTH, W4, batches, first, mlp, packed, recipe, worst
-from models import ZOO
+from by_data import SMOOTH, W4, batches, mlp, packed, recipe, worst
+from models import ZOO, first
 from torch import Tensor, nn
 
 import dwindle

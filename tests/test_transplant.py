@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import ZOO
+from models import ZOO, first
 from torch import nn
 
 import dwindle
@@ -20,10 +20,6 @@ STATIC = {
 }
 
 
-def _first(output):
-    return output if isinstance(output, torch.Tensor) else output[0]
-
-
 @pytest.mark.parametrize("name", ["mlp", "tied_lm", "bert", "gpt2", "llama", "t5", "vit"])
 @pytest.mark.parametrize("recipe", ["zeroquant-w8a8", STATIC], ids=["dynamic", "static"])
 def test_module_and_graph_agree_bit_for_bit(name: str, recipe) -> None:
@@ -33,7 +29,7 @@ def test_module_and_graph_agree_bit_for_bit(name: str, recipe) -> None:
     small = dwindle.compress(model, recipe, inputs=inputs, data=[inputs])
     eager = dwindle.transplant(small, model, inputs=inputs)
     with torch.no_grad():
-        assert torch.equal(_first(eager(**inputs)), _first(small(**inputs)))
+        assert torch.equal(first(eager(**inputs)), first(small(**inputs)))
     assert type(eager) is type(model)
     assert any(isinstance(m, QuantizedLinear) for m in eager.modules())
     assert not any(isinstance(m, QuantizedLinear) for m in model.modules())
@@ -85,7 +81,7 @@ def test_convolutions_agree_where_no_norm_is_folded_into_them(static: bool) -> N
     eager = dwindle.transplant(small, model, inputs=inputs)
     assert any(isinstance(m, QuantizedConv2d) for m in eager.modules())
     with torch.no_grad():
-        assert torch.allclose(_first(eager(**inputs)), _first(small(**inputs)), atol=1e-6)
+        assert torch.allclose(first(eager(**inputs)), first(small(**inputs)), atol=1e-6)
 
 
 def test_convolutions_of_a_student_agree() -> None:

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
-from pruning import groups_of, random_cut
-from rules import SEQUENCE, THROUGH, Case, called, check, mutated, rows, sorted_cuts, told, w
+from rules import SEQUENCE, THROUGH, Case, rows, w
 from torch import Tensor, nn
-
-from dwindle.passes.prune.groups import find_groups
-from dwindle.passes.prune.proof import LIMIT, proven
 
 A = torch.ops.aten
 
@@ -103,7 +98,7 @@ RECURRENT = {
     ),
 }
 
-CASES = RECURRENT | {
+CASES = {
     "pairs as complex numbers": rows(
         "view_as_complex polar view_as_real",
         turned,
@@ -187,27 +182,3 @@ CASES = RECURRENT | {
         groups=["rows 6: a.weight[0] a.bias[0] b.weight[1]"] * 2,
     ),
 }
-
-
-@pytest.mark.parametrize("name", [name for name in CASES if name not in RECURRENT])
-def test_complex_and_numbered(name: str) -> None:
-    check(CASES[name])
-
-
-# torch runs a recurrent layer on tensors that do not fit without a look at them, so only one mutant can be run.
-@pytest.mark.filterwarnings("ignore:The tensor attributes")
-@pytest.mark.parametrize("name", RECURRENT)
-def test_recurrent_layers(name: str) -> None:
-    case = RECURRENT[name]
-    walk, batch = case.walk()
-    assert set(case.ops) <= called(walk)
-    found = groups_of(walk)
-    assert sorted(map(told, found)) == sorted(map(sorted_cuts, case.groups))
-    reasons = {f"{cut.name}[{cut.dim}]": group.reason for group in find_groups(walk) for cut in group.cuts}
-    for axis, reason in case.stays.items():
-        assert reason in reasons[axis], (axis, reasons[axis])
-    cut = random_cut(found, case.ratio)
-    assert proven(walk, cut, [batch]) < 1e-12
-    endless = mutated(case, walk, cut, "endless")
-    assert endless is not None
-    assert proven(endless, cut, [batch]) > 100 * LIMIT

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
-from rules import CHANNELS, SEQUENCE, Case, check, image, rows, w
+from rules import CHANNELS, SEQUENCE, Case, image, rows, w
 from torch import nn
 from torch.nn import functional as F
 
@@ -195,8 +194,3 @@ CASES = {
     "roll, all of it": rows("roll", lambda m, y: y.roll(3), groups=[], stays={"a.weight[0]": "it moves along it"}),
     "topk": rows("topk", lambda m, y: y.topk(3, 1)[0].sum(1), shape=SEQUENCE),
 }
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_space(name: str) -> None:
-    check(CASES[name])
