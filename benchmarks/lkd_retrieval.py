@@ -1,6 +1,7 @@
 """What layer-by-layer distillation gives back of what rounding loses: MiniLM finds an article by its headline.
 
     python benchmarks/lkd_retrieval.py [--recipes w4-groups48 ...] [--seeds 0 1 2] [--quick] [--again]
+    python benchmarks/lkd_retrieval.py --rates 5e-6 5e-5 2e-4 5e-4      # on texts, the first seed alone
 
 Feed-forward weights of 4 or 3 bits, all other weights and all activations of 8 (ZeroQuant's W4/8A8). Each recipe is
 rounded to nearest (PTQ), and distilled: on texts of articles that are not asked about, and on random tokens. The seed
@@ -83,7 +84,7 @@ def rounded(subject: Subject, ffn: dict[str, int]) -> Point:
     return ranks(subject, subject.vectors(small))
 
 
-def distilled(subject: Subject, ffn: dict[str, int], data: str, seed: int) -> Point:
+def distilled(subject: Subject, ffn: dict[str, int], data: str, seed: int, training: dict[str, Any]) -> Point:
     """With each block trained by itself."""
     batches = texts(subject, seed)
     if data != DATA[0]:
@@ -92,7 +93,7 @@ def distilled(subject: Subject, ffn: dict[str, int], data: str, seed: int) -> Po
         batches = random_tokens(subject.model, example, batches=len(batches), seed=seed)
     student = dwindle.prepare(subject.model, recipe(ffn), inputs=batches[0], teacher=subject.model)
     started = time.process_time()
-    found = student.distill_layers(batches, **TRAINING, seed=seed, quiet=True)
+    found = student.distill_layers(batches, **training, seed=seed, quiet=True)
     spent = time.process_time() - started
     errors = [[layer.before, layer.after] for layer in found.layers]
     return {"CPU s": spent, "errors": errors, **ranks(subject, subject.vectors(student.finish()))}
@@ -141,6 +142,17 @@ def show(float_point: Point, rows: dict[str, tuple[Point, dict[str, list[Point]]
     console.print(table)
 
 
+def show_rates(name: str, points: dict[float, Point]) -> None:
+    """What each learning rate leaves of the blocks' errors on the texts that they learn from, and the MRR after it."""
+    table = Table(title=f"{name}, on texts, {TRAINING['steps']} steps", title_justify="left")
+    for heading in ("learning rate", "error left, mean over blocks", "MRR", "cosine"):
+        table.add_column(heading)
+    for lr, p in points.items():
+        left = np.mean([after / before for before, after in p["errors"]])
+        table.add_row(f"{lr:g}", f"{left:.2f}", f"{p['mrr']:.4f}", f"{p['cosine']:.4f}")
+    Console(width=150).print(table)
+
+
 def apart(scores: Sequence[float], others: Sequence[float]) -> str:
     """The paired difference and its interval."""
     mean, (low, high) = paired_difference(scores, others)
@@ -152,6 +164,7 @@ def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--recipes", nargs="+", choices=FFN, default=list(FFN))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--rates", nargs="+", type=float, help="learning rates to compare, in place of the table")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     timing.quiet_on_one_thread()
@@ -166,6 +179,19 @@ def main() -> None:
             return results.point(common | more, measure)
 
     base = point({"recipe": FLOAT}, lambda: ranks(subject(), subject().reference))
+
+    def learned(ffn: dict[str, int], data: str, seed: int, training: dict[str, Any]) -> Point:
+        more = {"recipe": recipe(ffn), "data": data, "seed": seed, **training}
+        more |= {"articles": ARTICLES, "texts": TEXTS, "tokens": TOKENS}
+        return point(more, lambda: distilled(subject(), ffn, data, seed, training))
+
+    if arguments.rates:
+        for name in arguments.recipes:
+            found = {
+                lr: learned(FFN[name], "texts", arguments.seeds[0], TRAINING | {"lr": lr}) for lr in arguments.rates
+            }
+            show_rates(name, found)
+        return
     rows = {}
     for name in arguments.recipes:
         ffn = FFN[name]
@@ -173,10 +199,7 @@ def main() -> None:
         kinds: dict[str, list[Point]] = {}
         for data in DATA:
             for seed in arguments.seeds:
-                more = {"recipe": recipe(ffn), "data": data, "seed": seed, **TRAINING}
-                more |= {"articles": ARTICLES, "texts": TEXTS, "tokens": TOKENS}
-                found = point(more, lambda ffn=ffn, data=data, seed=seed: distilled(subject(), ffn, data, seed))
-                kinds.setdefault(data, []).append(found)
+                kinds.setdefault(data, []).append(learned(ffn, data, seed, TRAINING))
         rows[name] = ptq, kinds
     show(base, rows)
 
