@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from models import bert_classifier
 from torch.nn.parallel import DistributedDataParallel
-from transformers import BertConfig, BertForSequenceClassification
 
 import dwindle
 
@@ -20,19 +20,8 @@ ADAPTIVE = {
 }
 
 
-def classifier() -> BertForSequenceClassification:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return BertForSequenceClassification(
-            BertConfig(
-                vocab_size=99,
-                hidden_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                intermediate_size=64,
-                max_position_embeddings=32,
-            )
-        )
+def classifier() -> Any:
+    return bert_classifier(max_position_embeddings=32)
 
 
 def items(count: int, seed: int = 0) -> list[dict[str, Any]]:

@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dwindle.runtime.structure import flatten
-
 Example = tuple[nn.Module, dict[str, Any]]
 """(model in eval mode, keyword arguments of one call)."""
 
@@ -23,8 +21,10 @@ BATCH, TOKENS, VOCABULARY = 2, 8, 99
 
 
 def first(output: Any) -> Tensor:
-    """The first tensor of what a model gives: itself, or that of a tuple, list, dict or ModelOutput."""
-    found = flatten(output)[1][0]
+    """The tensor that a model gives, or the first value of a tuple, dict or ModelOutput, which is one."""
+    if isinstance(output, Tensor):
+        return output
+    found = next(iter(output.values())) if isinstance(output, dict) else output[0]
     assert isinstance(found, Tensor)
     return found
 
@@ -72,6 +72,19 @@ def bert() -> Example:
     )
     inputs = _tokens()
     return _built(lambda: BertModel(config)), inputs | {"token_type_ids": torch.zeros_like(inputs["input_ids"])}
+
+
+def bert_classifier(
+    layers: int = 2, *, hidden: int = 32, heads: int = 4, vocab: int = VOCABULARY, seed: int = 0, **more: Any
+) -> Any:
+    """A BertForSequenceClassification in eval mode, its fresh weights by `seed`; `more` is of its config."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    size = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "vocab_size": vocab}
+    config = BertConfig(**(size | {"intermediate_size": 64, "max_position_embeddings": 64} | more))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return BertForSequenceClassification(config).eval()
 
 
 def gpt2() -> Example:

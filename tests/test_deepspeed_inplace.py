@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from deepspeed_configs import JSON, LINEARS, activations, engine, falling, mixed, moq, pruning_off, static, technique
-from models import ZOO, first
+from models import ZOO, bert_classifier, first
 from numerics import error
 from torch import nn
 
@@ -93,14 +93,11 @@ def test_a_model_in_place_is_the_student(name: str, config: str) -> None:
 
 
 def test_curvature_moves_both_alike() -> None:
-    from transformers import BertConfig, BertForSequenceClassification
-
     eigen = {"enabled": True, "max_iter": 3, "layer_name": "bert.encoder.layer", "layer_num": 2}
     config = moq({"target_bits": 8, "start_bits": 11}, quantize_schedule={"quantize_period": 1, "schedule_offset": 0})
     config["quantize_training"]["eigenvalue"] = eigen
-    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    torch.manual_seed(0)
-    model = BertForSequenceClassification(BertConfig(vocab_size=50, max_position_embeddings=16, **size))
+    size = {"intermediate_size": 16, "max_position_embeddings": 16}
+    model = bert_classifier(hidden=16, heads=2, vocab=50, **size)
     model.config._attn_implementation = "eager"  # fused attention has no second derivative
     inputs = {"input_ids": torch.arange(8).reshape(2, 4), "labels": torch.tensor([0, 1])}
     student = dwindle.prepare(copy.deepcopy(model).train(), config, inputs=inputs)

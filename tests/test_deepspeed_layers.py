@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 from deepspeed_configs import JSON, bits, engine, layers, weights
-from models import ZOO
+from models import ZOO, bert_classifier
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 from dwindle.deepspeed import convert_conv1d_to_linear, init_compression, redundancy_clean, student_initialization
@@ -19,13 +18,13 @@ from dwindle.runtime.errors import DwindleError, RecipeError
 
 
 def _bert(depth: int, seed: int, **more: Any) -> nn.Module:
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "max_position_embeddings": 16} | more
+    shape = {"hidden": 16, "heads": 2, "vocab": 50, "intermediate_size": 32, "max_position_embeddings": 16} | more
+    model = bert_classifier(depth, seed=seed, **shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = BertForSequenceClassification(BertConfig(vocab_size=50, num_hidden_layers=depth, **size))
         for layer in model.bert.encoder.layer:
             layer.register_buffer("seen", torch.randn(3))
-    return model.eval()
+    return model
 
 
 def _config(kept: tuple[int, ...] = (1, 3), **sections: Any) -> JSON:

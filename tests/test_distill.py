@@ -8,12 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from models import bert_classifier
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dwindle
 from dwindle.passes.distill import divergence
 from dwindle.runtime.errors import DistillationError, RecipeError
+from dwindle.runtime.qtensor import QTensor
 
 W3 = {"quantize": [{"weight": {"bits": 3}}]}
 
@@ -37,20 +39,16 @@ def test_positions_left_out_count_for_nothing() -> None:
 
 
 def classifier() -> tuple[Any, dict[str, Tensor]]:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=50, num_labels=3
-    )
-    ids = torch.randint(0, 50, (4, 8))
+    pytest.importorskip("transformers")
+    ids = torch.randint(0, 50, (4, 8), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1, 2, 0])}
-    return transformers.BertForSequenceClassification(config), batch
+    return bert_classifier(heads=2, vocab=50, num_labels=3), batch
 
 
 def test_task_and_teacher_add_up() -> None:
     model, batch = classifier()
     recipe = {**W3, "distill": {"kd_weight": 3.0, "temperature": 2.0}}
-    student = dwindle.prepare(model.eval(), recipe, inputs=batch, teacher=model)  # in eval mode: no dropout
+    student = dwindle.prepare(model, recipe, inputs=batch, teacher=model)  # in eval mode: no dropout
     output = student(**batch)
     apart = divergence(output.logits, model(**batch).logits, 2.0)
     assert torch.allclose(student.loss(batch), output.loss + 3.0 * apart)
@@ -112,20 +110,64 @@ def test_an_adaptive_schedule_watches_the_whole_loss() -> None:
     assert student.pacer.controller.reference[0] == pytest.approx(sum(seen[:2]) / 2)
 
 
+class Scored(nn.Module):
+    """Two layers that give a loss beside their logits."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.inner, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """(B, 4), (B,) int64 -> a scalar and (B, 3)."""
+        logits = self.last(torch.tanh(self.inner(x)))
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
 def test_curvature_is_that_of_the_whole_loss() -> None:
-    torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)), torch.randn(16, 8)
-    recipe = {**W3, "schedule": {"type": "moq", "start_bits": 5, "period": 2}, "sensitivity": {"iterations": 5}}
-    student = dwindle.prepare(model, recipe, inputs=x, teacher=model)
-    for _ in range(2):
-        student.loss(x).backward()
-        student.step()
+    model, teacher, generator = Scored(0), Scored(1), torch.Generator().manual_seed(2)
+    batch = {"x": torch.randn(16, 4, generator=generator), "labels": torch.arange(16) % 3}
+    recipe = {
+        **W3,
+        "schedule": {"type": "moq", "start_bits": 5, "period": 1},
+        "sensitivity": {"iterations": 500, "tolerance": 1e-6},
+        "distill": {"kd_weight": 3.0, "temperature": 2.0},
+    }
+    student = dwindle.prepare(model, recipe, inputs=batch, teacher=teacher)
+    rounded = {}  # what the student computes with while its curvature is measured
+    for fqn in ("inner.weight", "last.weight"):
+        scheme = student.course.scheme(fqn)
+        assert scheme is not None
+        assert scheme.bits == 5
+        rounded[fqn] = QTensor.quantize(model.get_parameter(fqn).detach(), scheme).dequantize()
+    student.loss(batch).backward()
+    student.step()
     assert student.pacer.sensitivity is not None
+
+    taught = F.softmax(teacher(**batch)["logits"].detach() / 2.0, -1)
+
+    def largest(fqn: str, kd_weight: float) -> float:
+        """|eigenvalue| of the Hessian in one weight, which autograd writes out in full."""
+
+        def loss(weight: Tensor) -> Tensor:
+            held = rounded | {fqn: weight.view_as(rounded[fqn])}
+            output = torch.func.functional_call(model, held, kwargs=batch)
+            apart = F.kl_div(F.log_softmax(output["logits"] / 2.0, -1), taught, reduction="batchmean")
+            return output["loss"] + kd_weight * 2.0**2 * apart
+
+        hessian = torch.autograd.functional.hessian(loss, rounded[fqn].flatten())
+        return float(torch.linalg.eigvalsh(hessian).abs().max())
+
+    for fqn in rounded:
+        found = student.pacer.sensitivity.blocks[fqn.removesuffix(".weight")].value
+        assert found == pytest.approx(largest(fqn, 3.0), rel=1e-3)
+        assert largest(fqn, 0.0) < 0.8 * found  # of the task alone it is another one
 
 
 def test_a_wrapper_may_be_called_in_its_place() -> None:
     model, batch = classifier()
-    student = dwindle.prepare(model.eval(), W3, inputs=batch, teacher=model)
+    student = dwindle.prepare(model, W3, inputs=batch, teacher=model)
     calls = []
 
     def wrapped(**given: Any) -> Any:

@@ -8,32 +8,25 @@ from typing import Any
 
 import pytest
 import torch
+from models import bert_classifier
 from torch import Tensor, nn
 
 import dwindle
 from dwindle.frontends.distillation import PROJECTIONS
+from dwindle.frontends.tapping import Tapping
+from dwindle.frontends.teacher import Teacher
 from dwindle.passes.distill import kept_states, scores_apart, states_apart
 from dwindle.passes.taps import Tap
 from dwindle.runtime.errors import DistillationError, RecipeError
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 W8 = {"quantize": [{"weight": {"bits": 8}}]}
 WITHIN = {"hidden": 1.0, "scores": 1.0}
 
 
-def bert(layers: int = 4, *, hidden: int = 32, heads: int = 2, vocab: int = 50, seed: int = 0, **more: Any) -> Any:
-    torch.manual_seed(seed)
-    config = transformers.BertConfig(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=64,
-        vocab_size=vocab,
-        num_labels=3,
-        **more,
-    )
-    return transformers.BertForSequenceClassification(config).eval()
+def bert(layers: int = 4, *, heads: int = 2, vocab: int = 50, **more: Any) -> Any:
+    return bert_classifier(layers, heads=heads, vocab=vocab, num_labels=3, **more)
 
 
 def batch() -> dict[str, Tensor]:
@@ -193,13 +186,30 @@ def test_stages_and_an_early_end() -> None:
     assert not asked
 
 
-def test_the_teacher_is_asked_once_in_one_forward() -> None:
+def test_the_teacher_is_asked_once_in_one_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     given, model, teacher = batch(), bert(2), bert(2, seed=1)
     student = dwindle.prepare(model, {"distill": WITHIN}, inputs=given, teacher=teacher)
+    assert student.distillation is not None
     student.loss(given)
-    asked = teacher.register_forward_hook(lambda *_: pytest.fail("the module is called beside its graph"))
+    asked: list[Teacher] = []
+    ran: list[Tapping] = []  # graphs
+    ask, run = Teacher.ask, Tapping._run
+
+    def counted_ask(one: Teacher, *args: Any) -> Any:
+        asked.append(one)
+        return ask(one, *args)
+
+    def counted_run(one: Tapping, *args: Any) -> Any:
+        ran.append(one)
+        return run(one, *args)
+
+    monkeypatch.setattr(Teacher, "ask", counted_ask)
+    monkeypatch.setattr(Tapping, "_run", counted_run)
+    teacher.register_forward_hook(lambda *_: pytest.fail("the module is called beside its graph"))
     student.loss(given).backward()
-    asked.remove()
+    assert asked == [student.distillation.teacher]
+    assert len(ran) == 2
+    assert sum(one is student for one in ran) == 1  # so the other one is the teacher's
     assert all(p.grad is None for p in teacher.parameters())
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import first
+from models import bert_classifier, first
 from torch import Tensor, nn
 
 import dwindle
@@ -29,11 +29,7 @@ def tokens() -> dict[str, Tensor]:
 
 
 def bert(layers: int = 1) -> tuple[nn.Module, dict[str, Tensor]]:
-    from transformers import BertConfig, BertForSequenceClassification
-
-    shape = {"vocab_size": 99, "max_position_embeddings": 64, "hidden_size": HIDDEN, "intermediate_size": HIDDEN}
-    config = BertConfig(**shape, num_hidden_layers=layers, num_attention_heads=12)
-    return BertForSequenceClassification(config).eval(), tokens()
+    return bert_classifier(layers, hidden=HIDDEN, heads=12, intermediate_size=HIDDEN), tokens()
 
 
 def twelve() -> tuple[nn.Module, dict[str, Tensor]]:

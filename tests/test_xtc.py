@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import TOKENS, VOCABULARY, ZOO, first
+from models import TOKENS, VOCABULARY, ZOO, bert_classifier, first
 from onnx_answers import answers, hold, relative
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -27,22 +27,9 @@ XTC = [preset.name for preset in PRESETS if preset.name.startswith("xtc-")]
 
 
 def bert(layers: int, labels: bool = False) -> tuple[nn.Module, dict[str, Tensor]]:
-    from transformers import BertConfig, BertForSequenceClassification
-
-    config = BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=64,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = BertForSequenceClassification(config).eval()
     ids = torch.randint(3, VOCABULARY, (2, TOKENS), generator=torch.Generator().manual_seed(1))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return model, batch | ({"labels": torch.tensor([0, 1])} if labels else {})
+    return bert_classifier(layers), batch | ({"labels": torch.tensor([0, 1])} if labels else {})
 
 
 def roberta() -> tuple[nn.Module, dict[str, Tensor]]:
@@ -303,36 +290,12 @@ def test_onnx_of_every_family(name: str, recipe: str, tmp_path: Path) -> None:
 
 # With everything else
 
-PRUNE = {"scopes": ["heads", "rows"], "ratio": 0.5}
-
-
-def extreme(recipe: str, **more: Any) -> dict[str, Any]:
-    plain = Recipe.of(recipe).plain()
-    return {"depth": {"keep": 2}, "prune": PRUNE, "quantize": plain["quantize"], **more}
-
-
-def test_layers_go_first_then_heads_and_rows_then_numbers_then_bits(tmp_path: Path) -> None:
-    model, inputs = bert(4)
-    zeros = {"ratio": 0.5, "modules": ["*.query", "*.key"]}
-    small = dwindle.compress(model, extreme("xtc-ternary", sparsify=zeros), inputs=inputs)
-    stages = list(dict.fromkeys(entry.stage for entry in small.log))
-    order = [stages.index(stage) for stage in ("drop", "prune", "sparsify", "insert", "lower")]
-    assert order == sorted(order)
-    kinds = [type(edit).__name__ for edit in small.plan]
-    assert list(dict.fromkeys(kinds)) == ["DropBlock", "Slice", "Sparsify", "Quantize"]
-    query = small.store.get("bert.encoder.layer.3.attention.self.query.weight")
-    assert isinstance(query, QTensor)
-    assert (query.shape, query.scheme.kind) == ((16, 32), "ternary")
-    assert (query.int_codes() == 0).sum() >= 16 * 32 // 2
-    assert small.store.get("bert.encoder.layer.0.attention.self.query.weight") is None
-    loaded = dwindle.load(small.save(tmp_path / "saved"))
-    with torch.no_grad():
-        assert torch.equal(loaded(**inputs).logits, small(**inputs).logits)
-
 
 def test_a_recipe_of_everything_binary_is_one_artifact(tmp_path: Path) -> None:
     model, inputs = bert(4)
-    small = dwindle.compress(model, extreme("xtc-binary"), inputs=inputs)
+    prune = {"scopes": ["heads", "rows"], "ratio": 0.5}
+    recipe = {"depth": {"keep": 2}, "prune": prune, "quantize": Recipe.of("xtc-binary").plain()["quantize"]}
+    small = dwindle.compress(model, recipe, inputs=inputs)
     up = small.store.get("bert.encoder.layer.1.intermediate.dense.weight")
     assert isinstance(up, QTensor)
     assert (up.shape, up.scheme.kind) == ((32, 32), "binary")
