@@ -146,7 +146,9 @@ def _require_sense(by: By, measure: Measure, keep: int, max_change: float | None
     for name, known, chosen in (("by", get_args(By), by), ("measure", get_args(Measure), measure)):
         if chosen not in known:
             cure = f"{name}={nearest(str(chosen), known)[0]!r}"
-            raise RecipeError(f"no such {name} to rank layers", required=" or ".join(known), found=chosen, cure=cure)
+            raise RecipeError(
+                f"no such {name} to rank layers", required=" or ".join(known), found=repr(chosen), cure=cure
+            )
     if keep < 1 or ((keep > 1 or max_change is not None) and by != "greedy"):
         raise RecipeError(
             "where a ranking ends",

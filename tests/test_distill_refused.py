@@ -126,7 +126,7 @@ def test_one_batch_is_not_several() -> None:
 
 
 def test_rankings_by_what_there_is_not() -> None:
-    with pytest.raises(RecipeError, match=r"(?s)measure.*found: kl"):
+    with pytest.raises(RecipeError, match=r"(?s)measure.*found: 'kl'"):
         dwindle.rank_layers(bert(), [batch()], by="change", measure="kl")  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match=r"cure: by='change'"):
         dwindle.rank_layers(bert(), [batch()], by="chnge")  # type: ignore[arg-type]
